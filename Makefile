@@ -1,0 +1,34 @@
+# `make demo` and `make test` set up everything they need on a machine with Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test test-all test-gpu lint bench clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llm,dev]'
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m bilevel.run problem=llm_reweight
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: lint
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/step_cost.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,33 @@
+"""Bilevel optimization in PyTorch: min_x f(x, y*(x)) subject to y*(x) in argmin_y g(x, y)."""
+
+from bilevel.errors import InputError
+from bilevel.launch import Launcher, Single
+from bilevel.memory import LISA, Full, Memory
+from bilevel.problem import Always, Functions, Problem, Solution, Stream
+from bilevel.result import Result, Status
+from bilevel.solve import minimize, solve
+from bilevel.solver import Solver, State
+from bilevel.variable import Variable, optimizer_by_name
+
+__all__ = [
+    "LISA",
+    "Always",
+    "Full",
+    "Functions",
+    "InputError",
+    "Launcher",
+    "Memory",
+    "Problem",
+    "Result",
+    "Single",
+    "Solution",
+    "Solver",
+    "State",
+    "Status",
+    "Stream",
+    "Variable",
+    "minimize",
+    "optimizer_by_name",
+    "solve",
+]
+__version__ = "0.1.0.dev0"

@@ -1,0 +1,148 @@
+"""A bilevel problem: two losses, their start, their data and their feasible sets."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.tree import Value, clone
+
+
+class Stream(ABC):
+    """An endless iterator of batches whose position can be saved."""
+
+    @abstractmethod
+    def __next__(self) -> Any: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Always(Stream):
+    """The same batch for ever: the stream of a deterministic loss.
+
+    >>> next(Always("everything"))
+    'everything'
+    """
+
+    def __init__(self, batch: Any = None) -> None:
+        self.batch = batch
+
+    def __next__(self) -> Any:
+        return self.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What is known of a problem's answer; used by tests and comparisons."""
+
+    x: Value = None
+    """An upper optimum, if known."""
+    lower: Callable[[Value], Value] | None = None
+    """y*(x)."""
+    hypergradient: Callable[[Value], Value] | None = None
+    """dF(x) = grad_x f - J^T H^{-1} grad_y f at y*(x)."""
+
+
+class Problem(ABC):
+    """min_x f(x, y*(x)) subject to y*(x) in argmin_y g(x, y), with f = `upper` and g = `lower`.
+
+    Losses are pure: the same arguments give the same number. A loss over a large batch may be
+    computed in parts: `split` cuts a batch and the losses of the parts add up to the whole.
+    """
+
+    @abstractmethod
+    def init(self, generator: torch.Generator) -> tuple[Value, Value]:
+        """The start (x0, y0): trees of floating-point tensors or modules."""
+
+    @abstractmethod
+    def upper(self, x: Value, y: Value, batch: Any) -> Tensor:
+        """f(x, y) on a batch, a scalar."""
+
+    @abstractmethod
+    def lower(self, x: Value, y: Value, batch: Any) -> Tensor:
+        """g(x, y) on a batch, a scalar."""
+
+    def batches(self, generator: torch.Generator) -> tuple[Stream, Stream]:
+        """The streams of batches for `upper` and `lower`; by default one batch, None, for ever."""
+        return Always(), Always()
+
+    def split(self, batch: Any) -> Sequence[Any]:
+        """The micro-batches of a batch, whose losses add up to the loss of the batch."""
+        return (batch,)
+
+    def project_upper(self, x: Value) -> Value:
+        """The nearest point of X; by default X is the whole space."""
+        return x
+
+    def project_lower(self, y: Value) -> Value:
+        """The nearest point of Y; by default Y is the whole space."""
+        return y
+
+    def solution(self) -> Solution | None:
+        """What is known of the answer, None if nothing is."""
+        return None
+
+    def metrics(self, x: Value, y: Value) -> dict[str, float]:
+        """Numbers worth logging besides the two losses."""
+        return {}
+
+    def finish(self, result: Any, out: Any) -> None:
+        """Called once by the command line after a run, to write files into the folder `out`."""
+        return None
+
+
+class Functions(Problem):
+    """The problem of two plain functions of (x, y) and a start; what `minimize` solves.
+
+    >>> one = torch.ones(())
+    >>> problem = Functions(lambda x, y: y**2, lambda x, y: (y - x) ** 2, one, one)
+    >>> problem.upper(one, torch.full((), 3.0), None)
+    tensor(9.)
+    """
+
+    def __init__(
+        self,
+        upper: Callable[[Value, Value], Tensor],
+        lower: Callable[[Value, Value], Tensor],
+        x0: Value,
+        y0: Value,
+        *,
+        project_upper: Callable[[Value], Value] | None = None,
+        project_lower: Callable[[Value], Value] | None = None,
+    ) -> None:
+        self._upper, self._lower = upper, lower
+        self._start = (x0, y0)
+        self._project_upper, self._project_lower = project_upper, project_lower
+
+    def init(self, generator: torch.Generator) -> tuple[Value, Value]:
+        return clone(self._start[0]), clone(self._start[1])
+
+    def upper(self, x: Value, y: Value, batch: Any) -> Tensor:
+        return self._upper(x, y)
+
+    def lower(self, x: Value, y: Value, batch: Any) -> Tensor:
+        return self._lower(x, y)
+
+    def project_upper(self, x: Value) -> Value:
+        return x if self._project_upper is None else self._project_upper(x)
+
+    def project_lower(self, y: Value) -> Value:
+        return y if self._project_lower is None else self._project_lower(y)

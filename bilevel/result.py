@@ -1,0 +1,67 @@
+"""What a solve returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from bilevel.tree import Value
+
+
+class Status(Enum):
+    """Why a solve ended; the value is the message."""
+
+    CONVERGED = "The upper step fell below the tolerance."
+    STEPS = "The requested number of steps was done."
+    STOPPED = "A callback stopped the run."
+    NONFINITE = (
+        "A loss or gradient was not finite; the values are those before that step. "
+        "Lower the step sizes or the penalty."
+    )
+
+    @property
+    def success(self) -> bool:
+        return self is not Status.NONFINITE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The answer of a solve, with what it cost and how it got there.
+
+    `nit` counts upper steps, `counts` oracle calls by name, `history` one dict a step.
+    `upper` and `lower` are the losses at the last step's own batch and iterate.
+    """
+
+    x: Value
+    y: Value
+    status: Status
+    message: str
+    nit: int
+    upper: float
+    lower: float
+    counts: dict[str, int] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def success(self) -> bool:
+        return self.status.success
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  message: {self.message}",
+            f"  success: {self.success}",
+            f"   status: {self.status.name}",
+            f"      nit: {self.nit}",
+            f"    upper: {self.upper:.6g}",
+            f"    lower: {self.lower:.6g}",
+            f"   counts: {self.counts}",
+            f"        x: {_short(self.x)}",
+            f"        y: {_short(self.y)}",
+        ]
+        return "\n".join(lines)
+
+
+def _short(value: Value) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 160 else text[:157] + "..."

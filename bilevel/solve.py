@@ -1,0 +1,200 @@
+"""The one loop: `solve` runs a solver on a problem, `minimize` is its face for two functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import checkpoint
+from bilevel.errors import InputError
+from bilevel.launch import Launcher, Single
+from bilevel.memory import Full, Memory
+from bilevel.plugins import find
+from bilevel.problem import Functions, Problem
+from bilevel.result import Result, Status
+from bilevel.solver import Solver, State
+from bilevel.tree import Value, leaves
+
+Callback = Callable[[State, dict[str, Any]], None]
+"""Called after every step with the state and the step's record; may raise StopIteration."""
+
+
+def solve(
+    problem: Problem,
+    solver: Solver | str = "penalty",
+    *,
+    steps: int = 200,
+    seed: int = 0,
+    memory: Memory | None = None,
+    launcher: Launcher | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoints: Path | str | None = None,
+    checkpoint_every: int = 50,
+    fingerprint: dict[str, Any] | None = None,
+    resume: bool = False,
+) -> Result:
+    """Run `solver` on `problem` for at most `steps` upper steps.
+
+    Args:
+        problem: The two losses, their start and their data.
+        solver: A solver or the name of one.
+        steps: Upper steps, counted from the start also when resumed.
+        seed: Of the generator for start values, batches and drawn blocks.
+        memory: What is trainable; everything by default.
+        launcher: Where it runs; this process by default.
+        callbacks: Called after each step with (state, record).
+        checkpoints: Folder for checkpoints; none are written without it.
+        checkpoint_every: Steps between checkpoints.
+        fingerprint: Settings that a checkpoint must share to be continued.
+        resume: Continue from the newest checkpoint, if there is one.
+
+    Raises:
+        InputError: If problem, solver and memory do not fit together; all reasons at once.
+
+    >>> import bilevel, torch
+    >>> from bilevel.problems.quadratic import Quadratic
+    >>> bilevel.solve(Quadratic(), "f2ba", steps=3).nit
+    3
+    """
+    if isinstance(solver, str):
+        solver = find("solver", solver)()
+        assert isinstance(solver, Solver)
+    launcher, memory = launcher or Single(), memory or Full()
+    faults = solver.check(problem)
+    if steps < 1:
+        faults.append(f"steps must be at least 1, got steps={steps}.")
+    if faults:
+        raise InputError(faults)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # for modules that draw from the global generator when built
+    state = solver.init(problem, memory, launcher, generator)
+    folder = Path(checkpoints) if checkpoints else None
+    history: list[dict[str, Any]] = []
+    marks = {"seed": seed, **(fingerprint or {})}
+    newest = checkpoint.latest(folder) if folder and resume else None
+    if newest is not None:
+        saved = checkpoint.load(newest, fingerprint=marks)
+        history = saved.pop("history")
+        state.load_state_dict(saved)
+
+    def store() -> None:
+        if folder is not None and launcher.is_main:
+            checkpoint.save(folder, {**state.state_dict(), "history": history}, fingerprint=marks)
+
+    status = Status.STEPS
+    if folder is not None and newest is None:
+        store()
+    while state.step < steps:
+        state = solver.step(problem, launcher, state)
+        ended = solver.terminate(state)
+        record = _record(problem, state)
+        history.append(record)
+        if ended is Status.NONFINITE:
+            status = ended
+            break
+        try:
+            for callback in callbacks:
+                callback(state, record)
+        except StopIteration:
+            ended = Status.STOPPED
+        if ended is not None or state.step == steps or state.step % checkpoint_every == 0:
+            store()
+        if ended is not None:
+            status = ended
+            break
+    return Result(
+        x=_detached(state.variables["x"].value),
+        y=_detached(state.variables["y"].value),
+        status=status,
+        message=status.value,
+        nit=state.step,
+        upper=state.upper,
+        lower=state.lower,
+        counts=dict(state.counts),
+        history=history,
+    )
+
+
+def minimize(
+    upper: Callable[[Value, Value], Tensor],
+    lower: Callable[[Value, Value], Tensor],
+    x0: Value,
+    y0: Value,
+    *,
+    solver: Solver | str = "penalty",
+    steps: int = 200,
+    seed: int = 0,
+    project_upper: Callable[[Value], Value] | None = None,
+    project_lower: Callable[[Value], Value] | None = None,
+    callback: Callback | None = None,
+) -> Result:
+    """Minimize upper(x, y*(x)) over x, where y*(x) minimizes lower(x, y) over y.
+
+    Args:
+        upper: f(x, y), a scalar tensor.
+        lower: g(x, y), a scalar tensor.
+        x0: Start of x: a tensor, or a nest of tensors.
+        y0: Start of y: likewise, or an `nn.Module`.
+        solver: A solver or the name of one.
+        steps: Upper steps.
+        seed: Of the generator, for solvers that draw.
+        project_upper: Projection on the feasible set of x.
+        project_lower: Projection on the feasible set of y.
+        callback: Called after each step with (state, record); may raise StopIteration.
+
+    Raises:
+        InputError: If a loss is not a finite scalar tensor or depends on nothing.
+
+    >>> import torch
+    >>> t = torch.zeros((), dtype=torch.float64)
+    >>> r = minimize(lambda x, y: (y - 1) ** 2, lambda x, y: (y - x) ** 2, t, t, steps=500)
+    >>> round(float(r.x), 2)
+    1.0
+    """
+    problem = Functions(
+        upper, lower, x0, y0, project_upper=project_upper, project_lower=project_lower
+    )
+    _check_losses(problem)
+    callbacks = [callback] if callback else []
+    return solve(problem, solver, steps=steps, seed=seed, callbacks=callbacks)
+
+
+def _check_losses(problem: Functions) -> None:
+    x, y = problem.init(torch.Generator())
+    faults = []
+    for name, loss in (("upper", problem.upper), ("lower", problem.lower)):
+        value = loss(x, y, None)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            faults.append(f"{name} must return a scalar tensor, got {came}; sum or average it.")
+        elif not bool(torch.isfinite(value)):
+            faults.append(f"{name} is {float(value)} at the start; choose a finite start.")
+        elif not value.requires_grad:
+            faults.append(f"{name} depends on neither x nor y; use the arguments it is given.")
+    if not faults:
+        grads = torch.autograd.grad(problem.lower(x, y, None), leaves(y), allow_unused=True)
+        if all(g is None for g in grads):
+            faults.append("lower does not depend on y, so y*(x) is not defined.")
+    if faults:
+        raise InputError(faults)
+
+
+def _record(problem: Problem, state: State) -> dict[str, Any]:
+    values = problem.metrics(state.variables["x"].value, state.variables["y"].value)
+    return {
+        "step": state.step,
+        "upper": state.upper,
+        "lower": state.lower,
+        "penalty": state.numbers.get("penalty"),
+        **values,
+    }
+
+
+def _detached(value: Value) -> Value:
+    from bilevel.tree import map_leaves
+
+    return value if isinstance(value, torch.nn.Module) else map_leaves(Tensor.detach, value)

@@ -1,0 +1,82 @@
+"""The solver interface: hyperparameters in a frozen dataclass, what changes in a state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from bilevel.launch import Launcher
+from bilevel.memory import Memory
+from bilevel.problem import Problem, Stream
+from bilevel.result import Status
+from bilevel.variable import Variable
+
+
+@dataclass(kw_only=True)
+class State:
+    """What every solver's state holds; all of it is saved, and restored bit for bit.
+
+    `variables` has "x" and "y" (the answer) and whatever twins the solver keeps. `numbers` are the
+    solver's own scalars, such as the penalty. `counts` are oracle calls.
+    """
+
+    variables: dict[str, Variable]
+    streams: dict[str, Stream]
+    memory: Any
+    step: int = 0
+    upper: float = float("nan")
+    """The upper loss seen by the last step, at its own batch."""
+    lower: float = float("nan")
+    numbers: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "variables": {k: v.state_dict() for k, v in self.variables.items()},
+            "streams": {k: s.state_dict() for k, s in self.streams.items()},
+            "memory": self.memory.state_dict(),
+            "step": self.step,
+            "upper": self.upper,
+            "lower": self.lower,
+            "numbers": dict(self.numbers),
+            "counts": dict(self.counts),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.memory.load_state_dict(saved["memory"])
+        for name, variable in self.variables.items():
+            variable.load_state_dict(saved["variables"][name])
+        for name, stream in self.streams.items():
+            stream.load_state_dict(saved["streams"][name])
+        self.step = saved["step"]
+        self.upper, self.lower = saved["upper"], saved["lower"]
+        self.numbers = dict(saved["numbers"])
+        self.counts = dict(saved["counts"])
+
+
+class Solver(ABC):
+    """How to step. Implementations are frozen keyword-only dataclasses."""
+
+    order: ClassVar[int] = 1
+    """Highest derivative of the lower loss that the method takes."""
+
+    @abstractmethod
+    def init(
+        self, problem: Problem, memory: Memory, launcher: Launcher, generator: torch.Generator
+    ) -> State:
+        """The state before the first step."""
+
+    @abstractmethod
+    def step(self, problem: Problem, launcher: Launcher, state: State) -> State:
+        """The state after one upper step; consumes the given one."""
+
+    def terminate(self, state: State) -> Status | None:
+        """Why to stop now, or None to go on."""
+        return None
+
+    def check(self, problem: Problem) -> list[str]:
+        """Every reason why this solver cannot be used on this problem, as sentences."""
+        return []

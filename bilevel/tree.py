@@ -1,0 +1,78 @@
+"""Values: a tensor, a nest of tensors, or an `nn.Module`, and what can be done with each alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree  # private name, used by transformers and torch.func too
+
+Value: TypeAlias = Any
+"""A tensor, any nest of dicts, lists and tuples of tensors, or an `nn.Module`."""
+
+
+def leaves(value: Value) -> list[Tensor]:
+    """The tensors of a value, in a fixed order; the parameters of a module.
+
+    >>> [t.shape[0] for t in leaves({"a": torch.zeros(2), "b": [torch.zeros(3)]})]
+    [2, 3]
+    """
+    return list(named_leaves(value).values())
+
+
+def named_leaves(value: Value) -> dict[str, Tensor]:
+    """The tensors of a value by name: parameter names of a module, key paths of a tree.
+
+    >>> list(named_leaves({"a": torch.zeros(2)}))
+    ["['a']"]
+    """
+    if isinstance(value, nn.Module):
+        return dict(value.named_parameters())
+    pairs, _ = pytree.tree_flatten_with_path(value)
+    return {pytree.keystr(path) or "value": leaf for path, leaf in pairs}
+
+
+def map_leaves(function: Callable[[Tensor], Tensor], value: Value) -> Value:
+    """The same tree with `function` applied to each tensor; not for modules.
+
+    >>> map_leaves(lambda t: 2 * t, [torch.ones(1)])
+    [tensor([2.])]
+    """
+    return pytree.tree_map(function, value)
+
+
+def clone(value: Value) -> Value:
+    """An independent copy of a value; for a tree, detached leaves that require gradients."""
+    if isinstance(value, nn.Module):
+        return _clone_module(value)
+    return map_leaves(lambda t: t.detach().clone().requires_grad_(), value)
+
+
+def size_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of storage that the tensors' elements take."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def dot(a: Value, b: Value) -> Tensor:
+    """Inner product of two values of one structure, summed in float32 or wider.
+
+    >>> dot([torch.ones(2)], [torch.full((2,), 3.0)])
+    tensor(6.)
+    """
+    pairs = zip(leaves(a), leaves(b), strict=True)
+    return torch.stack([(_wide(p) * _wide(q)).sum() for p, q in pairs]).sum()
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
+
+def _clone_module(module: nn.Module) -> nn.Module:
+    from copy import deepcopy
+
+    twin = deepcopy(module)
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin

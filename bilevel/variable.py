@@ -1,0 +1,148 @@
+"""A variable: a value, the optimizer that moves it, and the gradient gathered for its next step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilevel.errors import InputError
+from bilevel.tree import Value, leaves, named_leaves, size_bytes
+
+OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+class Variable:
+    """A value that an optimizer moves, v <- project(optimizer(v, gradient)).
+
+    Made by a launcher, never by a solver, so that a twin is created, saved and counted exactly as
+    its original. Losses add their gradients to the leaves' `.grad`; `step` uses and clears them.
+
+    Args:
+        name: Used in messages and checkpoints.
+        value: The tree or module; its leaves are moved in place.
+        optimizer: Builds the optimizer from the list of leaves.
+        project: Euclidean projection on the feasible set; receives the value, returns a value.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        value: Value,
+        optimizer: OptimizerFactory,
+        project: Callable[[Value], Value] | None = None,
+    ) -> None:
+        self.name = name
+        self.value = value
+        self.project = project
+        self._leaves = leaves(value)
+        for leaf in self._leaves:
+            leaf.requires_grad_()
+        self.optimizer = optimizer(self._leaves)
+
+    def step(self) -> None:
+        """Move the value along its gathered gradient, project it, and clear the gradient."""
+        self.optimizer.step()
+        self.clear()
+        if self.project is not None:
+            with torch.no_grad():
+                for leaf, projected in zip(
+                    self._leaves, leaves(self.project(self.value)), strict=True
+                ):
+                    leaf.copy_(projected)
+
+    def clear(self) -> None:
+        """Forget the gathered gradient."""
+        for leaf in self._leaves:
+            leaf.grad = None
+
+    def gradient(self) -> list[Tensor]:
+        """The gathered gradient, a zero tensor where nothing was gathered."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._leaves]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within the block no gradient is gathered here: others' losses take it as a constant."""
+        was = [leaf.requires_grad for leaf in self._leaves]
+        for leaf in self._leaves:
+            leaf.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for leaf, flag in zip(self._leaves, was, strict=True):
+                leaf.requires_grad_(flag)
+
+    @contextmanager
+    def weighted(self, factor: float) -> Iterator[None]:
+        """Within the block every gradient is multiplied by `factor` before it is gathered."""
+        hooks = [p.register_hook(lambda g: g * factor) for p in self._leaves if p.requires_grad]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held now by the value, its gradient and its optimizer state."""
+        states = [
+            t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t)
+        ]
+        return {
+            "value": size_bytes(self._leaves),
+            "gradient": size_bytes([p.grad for p in self._leaves if p.grad is not None]),
+            "optimizer": size_bytes(states),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "value": {k: v.detach() for k, v in named_leaves(self.value).items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        own = named_leaves(self.value)
+        if own.keys() != state["value"].keys():
+            raise InputError(
+                f"the saved value of {self.name} has other parts: expected {sorted(own)[:5]}, "
+                f"got {sorted(state['value'])[:5]}; resume with the same problem and model."
+            )
+        with torch.no_grad():
+            for name, leaf in own.items():
+                leaf.copy_(state["value"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def optimizer_by_name(name: str, lr: float, **options: Any) -> OptimizerFactory:
+    """A factory of the `torch.optim` optimizer called `name` (any case) with step size `lr`.
+
+    Raises:
+        InputError: If torch has no such optimizer; names the nearest.
+
+    >>> make = optimizer_by_name("adamw", 1e-2)
+    >>> type(make([torch.zeros(2, requires_grad=True)])).__name__
+    'AdamW'
+    """
+    from difflib import get_close_matches
+
+    known: dict[str, type[torch.optim.Optimizer]] = {
+        n.lower(): c
+        for n, c in vars(torch.optim).items()
+        if isinstance(c, type) and issubclass(c, torch.optim.Optimizer) and n != "Optimizer"
+    }
+    kind = known.get(name.lower())
+    if kind is None:
+        near = get_close_matches(name.lower(), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(known))}."
+        raise InputError(f"unknown optimizer {name!r}; {hint}")
+    if not lr > 0:
+        raise InputError(f"the step size of {name} must be positive, got lr={lr}.")
+    build: Any = kind  # the base class declares no options, every optimizer has its own
+    return lambda parameters: build(parameters, lr=lr, **options)
+
+
+def is_module(value: Value) -> bool:
+    """Whether a value is an `nn.Module` rather than a tree of tensors."""
+    return isinstance(value, nn.Module)

@@ -1,0 +1,18 @@
+"""Shared settings: one thread, one table of tolerances."""
+
+import hypothesis
+import pytest
+import torch
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+hypothesis.settings.register_profile("bilevel", deadline=None, derandomize=True, max_examples=30)
+hypothesis.settings.load_profile("bilevel")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
