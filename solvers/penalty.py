@@ -69,10 +69,6 @@ class Penalty(Solver):
     """A torch.optim optimizer for y and its copies."""
     lower_lr: float = 1e-1
     """Step size of y, for the scaled loss g + nu f."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """How the step sizes of y and its copies change over `horizon` steps."""
-    horizon: int = 0
-    """Steps of the schedule; the command line fills in the number of steps of the run."""
     clip: float = 0.0
     """Largest norm of the gradient of each copy of y, clipped by itself; 0 does not clip."""
     tolerance: float = 0.0
@@ -129,7 +125,6 @@ class Penalty(Solver):
         offsets = zip((y, z), STENCILS[self.stencil].items(), strict=True)
         points = [(copy, offset * nu, share / nu) for copy, (offset, share) in offsets]
         moves_x = state.step >= self.warmup
-        _set_lr([y, z], self.lower_lr * self._decay(state.step))
         for inner in range(self.inner_steps):
             last = inner == self.inner_steps - 1
             batches = next(state.streams["upper"]), next(state.streams["lower"])
@@ -209,11 +204,6 @@ class Penalty(Solver):
         caps = [PENALTY_CAPS[p.dtype] for p in leaves(y.value) if p.dtype in PENALTY_CAPS]
         cap = min(caps, default=PENALTY_CAPS[torch.float64])
         return min(cap, self.max_penalty) if self.max_penalty else cap
-
-    def _decay(self, step: int) -> float:
-        if self.schedule == "constant" or not self.horizon:
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.horizon)))
 
 
 def f2sa(**options: Any) -> Penalty:

@@ -1,0 +1,130 @@
+"""LISA: which blocks train, what is held, and that both copies move alike."""
+
+import pytest
+import torch
+
+import bilevel
+from bilevel.memory import LISA, parameter_groups
+from bilevel.solvers.penalty import scalebio
+
+
+def tiny(kind="llama", tied=False):
+    import transformers as tf
+
+    common = {"vocab_size": 64, "use_cache": False, "tie_word_embeddings": tied}
+    if kind == "gpt2":
+        return tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=4, n_head=2, **common))
+    names = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral", "neox": "GPTNeoX"}
+    config = getattr(tf, names[kind] + "Config")(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        **common,
+    )
+    return getattr(tf, names[kind] + "ForCausalLM")(config)
+
+
+class Tokens(bilevel.Problem):
+    """Weights of two fixed batches for a tiny decoder."""
+
+    def init(self, generator):
+        torch.manual_seed(0)
+        return torch.zeros(2, dtype=torch.float64), tiny()
+
+    def loss(self, y, start):
+        ids = (torch.arange(24).view(2, 12) * start) % 64
+        logits = y(input_ids=ids[:, :-1]).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    def lower(self, x, y, batch):
+        losses = torch.stack([self.loss(y, 3), self.loss(y, 5)]).double()
+        return x.softmax(0) @ losses
+
+    def upper(self, x, y, batch):
+        return self.loss(y, 3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "neox", "gpt2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_groups_partition_the_parameters_of_any_decoder(kind, tied):
+    model = tiny(kind, tied)
+    groups = parameter_groups(model)
+    assert len(groups["blocks"]) == 4
+    assert groups["embedding"]
+    assert bool(groups["head"]) != tied
+    names = [n for part in ("embedding", "head", "norms") for n in groups[part]]
+    names += [n for block in groups["blocks"] for n in block]
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(bilevel.InputError, match="lists found: none"):
+        parameter_groups(torch.nn.Linear(2, 2))
+
+
+def run(steps, **options):
+    sets, bytes_held, moved = [], [], []
+    before = {}
+
+    def callback(state, record):
+        y, z = state.variables["y"], state.variables["z"]
+        sets.append(tuple(state.memory.active))
+        bytes_held.append((y.memory()["optimizer"], z.memory()["optimizer"]))
+        for variable in (y, z):
+            now = {n: p.detach().clone() for n, p in variable.value.named_parameters()}
+            if variable.name in before:
+                old = before[variable.name]
+                changed = {n for n in now if not torch.equal(now[n], old[n])}
+                moved.append((state.memory._trainable(), changed))
+            before[variable.name] = now
+
+    solver = scalebio(warmup=2)
+    memory = LISA(gamma=1, period=2, **options)
+    bilevel.solve(Tokens(), solver, steps=steps, memory=memory, callbacks=[callback])
+    return sets, bytes_held, moved
+
+
+def test_only_the_active_set_moves_and_its_state_alone_is_held():
+    sets, bytes_held, moved = run(22)
+    assert len(set(sets)) > 1
+    assert all(a == b for a, b in zip(sets[::2], sets[1::2], strict=True))
+    assert {b for pair in bytes_held for b in pair} == {bytes_held[0][0]}
+    for allowed, changed in moved:
+        assert changed <= allowed
+        assert any("layers" in name for name in changed)
+        assert "lm_head.weight" in changed
+
+
+def test_parts_can_be_switched_off():
+    _, _, moved = run(4, head=False, embedding=False, norms=False)
+    assert all(name.startswith("model.layers.") for _, changed in moved for name in changed)
+
+
+def test_the_draw_is_saved(tmp_path):
+    def weights(*counts, name):
+        for steps in counts:
+            result = bilevel.solve(
+                Tokens(),
+                scalebio(warmup=2),
+                steps=steps,
+                memory=LISA(gamma=2, period=3),
+                checkpoints=tmp_path / name,
+                checkpoint_every=2,
+                resume=True,
+            )
+        return result
+
+    whole, parts = weights(11, name="whole"), weights(4, 7, 11, name="parts")
+    assert torch.equal(whole.x, parts.x)
+    pairs = zip(whole.y.parameters(), parts.y.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_wrong_options():
+    with pytest.raises(bilevel.InputError) as error:
+        LISA(gamma=0, period=0)
+    assert len(error.value.faults) == 2
+    with pytest.raises(bilevel.InputError, match="at most the number of blocks, 4, got 9"):
+        bilevel.solve(Tokens(), "scalebio", steps=1, memory=LISA(gamma=9))

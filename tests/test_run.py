@@ -1,0 +1,135 @@
+"""The command line, the checkpoints and resuming, on a small problem."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bilevel import Single, checkpoint
+from bilevel.errors import InputError
+from bilevel.run import main
+
+
+def run(*arguments):
+    return main(["problem=quadratic", "solver=scalebio", *map(str, arguments)])
+
+
+def test_run_writes_its_folder(tmp_path):
+    assert run("steps=12", f"out={tmp_path / 'a'}") == 0
+    names = {p.name for p in (tmp_path / "a").iterdir()}
+    assert names >= {"config.yaml", "result.json", "trajectory.jsonl", "log.txt", "checkpoints"}
+    rows = (tmp_path / "a" / "trajectory.jsonl").read_text().splitlines()
+    assert [json.loads(r)["step"] for r in rows] == list(range(1, 13))
+
+
+def test_the_written_config_runs_again(tmp_path):
+    assert run("steps=5", "solver.penalty=7", f"out={tmp_path / 'a'}") == 0
+    config = tmp_path / "a" / "config.yaml"
+    assert main([f"config={config}", f"out={tmp_path / 'b'}"]) == 0
+    same = [(tmp_path / n / "result.json").read_text() for n in "ab"]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("stop", [1, 7, 10])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop):
+    assert run("steps=20", "checkpoint_every=3", f"out={tmp_path / 'whole'}") == 0
+    assert run(f"steps={stop}", "checkpoint_every=3", f"out={tmp_path / 'parts'}") == 0
+    assert run("steps=20", "checkpoint_every=3", f"out={tmp_path / 'parts'}") == 0
+    files = [tmp_path / n / "trajectory.jsonl" for n in ("whole", "parts")]
+    assert files[0].read_text() == files[1].read_text()
+    ends = [checkpoint.latest(tmp_path / n / "checkpoints") for n in ("whole", "parts")]
+    tensors = [load_file(end / "tensors.safetensors") for end in ends]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0])
+
+
+def test_killed_run_goes_on(tmp_path):
+    """SIGKILL from inside a step, then the same command again."""
+    code = (
+        "import os, signal, sys\n"
+        "from bilevel import run\n"
+        "call = run._Progress.__call__\n"
+        "def killed(self, state, record):\n"
+        "    call(self, state, record)\n"
+        "    if state.step == 11: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run._Progress.__call__ = killed\n"
+        "run.main(sys.argv[1:])\n"
+    )
+    arguments = [
+        "problem=quadratic",
+        "steps=20",
+        "checkpoint_every=4",
+        f"out={tmp_path / 'killed'}",
+    ]
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], check=False)
+    assert ended.returncode == -9
+    assert main(arguments) == 0
+    assert main([*arguments[:-1], f"out={tmp_path / 'whole'}"]) == 0
+    files = [tmp_path / n / "trajectory.jsonl" for n in ("whole", "killed")]
+    assert files[0].read_text() == files[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["problem=quadratik"], "did you mean 'quadratic'"),
+        (["problem=quadratic", "solver=scalbio"], "did you mean 'scalebio'"),
+        (["problem=quadratic", "memory=lisa"], "memory=full"),
+        (["problem=quadratic", "memory=lora"], "choices: full, lisa"),
+        (["problem=quadratic", "steps"], "expected key=value"),
+        (["problem=quadratic", "steps=0"], "steps must be at least 1"),
+        (["problem=quadratic", "config=none.yaml"], "cannot be read"),
+        (["problem=nowhere:Class"], "module:Class"),
+    ],
+)
+def test_wrong_input_exits_with_2_and_says_why(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["steps=many", "solver.penalti=3", "solver.stencil=7"])
+def test_wrong_values_exit_with_2(argument, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["problem=quadratic", argument])
+    assert ended.value.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_used_folder_is_not_written_over(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("precious")
+    assert run(f"out={tmp_path}") == 2
+    assert run("steps=3", f"out={tmp_path / 'a'}") == 0
+    assert run("steps=3", f"out={tmp_path / 'a'}", "resume=never") == 2
+    assert run("steps=3", f"out={tmp_path / 'a'}", "solver.penalty=3") == 2
+    assert "solver.penalty: 10.0 there, 3.0 now" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_damaged_checkpoints_are_refused(tmp_path, capsys):
+    out = tmp_path / "a"
+    assert run("steps=5", f"out={out}") == 0
+    newest = checkpoint.latest(out / "checkpoints")
+    tensors = newest / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    assert run("steps=9", f"out={out}") == 2
+    assert "damaged" in capsys.readouterr().err
+    with pytest.raises(InputError):
+        checkpoint.load(newest, fingerprint={})
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["problem=quadratic", "solver=penalty", "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for key in ("problem.dim-x", "solver.inner", "steps", "checkpoint", "resume"):
+        assert key.replace("-", "_") in text.replace("-", "_")
+
+
+def test_single_launcher_is_the_main_process():
+    assert Single().is_main
