@@ -1,0 +1,5 @@
+"""Learn how much of each training source a language model should be fine-tuned on."""
+
+from bilevel.problems.llm_reweight.problem import LLMReweight
+
+__all__ = ["LLMReweight"]

@@ -1,0 +1,173 @@
+"""The data-weighting problem: softmax weights of sources above, a language model below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bilevel import InputError, Problem, Stream
+from bilevel.problems.llm_reweight import data as data_module
+from bilevel.problems.llm_reweight import model as model_module
+from bilevel.problems.llm_reweight.tokens import Batch, Rows, Stratified, cut, tokenize
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMReweight(Problem):
+    """g = sum_s softmax(x)_s l_s(y) over the sources, f = l_target(y), l = mean loss per example.
+
+    x are the logits of the source weights, in float64 so that differences of nearly equal losses
+    keep their digits; y is a causal language model.
+
+    Reference: Pan et al., ScaleBiO: Scalable Bilevel Optimization for LLM Data Reweighting, ACL
+    2025. Deviation: every batch holds the same number of rows of every source.
+    """
+
+    default_solver: ClassVar[str] = "scalebio"
+    default_steps: ClassVar[int] = 300
+
+    sources: tuple[str, ...] = ()
+    """Files of training data, as 'name=path' or 'path'; none means the embedded demonstration."""
+    target: str = ""
+    """File of examples of what the model should become good at."""
+    test: str = ""
+    """File to measure the verdict on; without it a quarter of the target is held out."""
+    model: str = "tiny"
+    """'tiny' (made here), a local folder, or a hub name."""
+    layers: int = 2
+    """Blocks of the tiny model."""
+    width: int = 64
+    """Width of the tiny model."""
+    max_length: int = 64
+    """Longest row in tokens."""
+    batch: int = 24
+    """Training rows of a step, shared evenly among the sources."""
+    target_batch: int = 6
+    """Target rows of a step."""
+    micro_batch: int = 0
+    """Rows of one forward pass; 0 takes the whole batch. Changes memory, not the result."""
+    allow_overlap: bool = False
+    """Go on although target records also stand in a source."""
+    verdict: bool = True
+    """Whether to train fresh models with the learned mixture and with uniform, and compare."""
+    verdict_steps: int = 300
+    """Training steps of each fresh model."""
+    verdict_seeds: int = 3
+    """Paired seeds of the comparison."""
+    data_seed: int = 0
+    """Of the order of the rows."""
+
+    @cached_property
+    def data(self) -> data_module.Data:
+        """All input, read and checked."""
+        return data_module.read(self)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        if self.model != "tiny":
+            return model_module.load_tokenizer(self.model)
+        sources = [self.data.sources[name] for name in sorted(self.data.sources)]
+        texts = (t for s in sources for e in s.examples[:2000] for t, _ in e.segments)
+        return model_module.tiny_tokenizer(texts)
+
+    @cached_property
+    def rows(self) -> list[Rows]:
+        """The tokenized sources, in the order of the weights."""
+        return [self._tokenize(source) for source in self.data.sources.values()]
+
+    @cached_property
+    def target_rows(self) -> Rows:
+        return self._tokenize(self.data.target)
+
+    @cached_property
+    def test_rows(self) -> Rows:
+        return self._tokenize(self.data.test)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.data.sources)
+
+    def prepare(self) -> list[str]:
+        """Read, check and tokenize everything; returns what was found, in lines for the user."""
+        faults = []
+        for name in ("batch", "target_batch", "max_length", "layers", "width"):
+            if getattr(self, name) < 1:
+                faults.append(f"problem.{name} must be at least 1, got {getattr(self, name)}.")
+        if faults:
+            raise InputError(faults)
+        lines = list(self.data.notes)
+        per_source = self.batch // max(1, len(self.data.sources))
+        if per_source < 1:
+            raise InputError(
+                f"problem.batch must be at least the number of sources, {len(self.names)}, "
+                f"got {self.batch}."
+            )
+        for rows in [*self.rows, self.target_rows, self.test_rows]:
+            need = per_source if rows in self.rows else min(self.target_batch, 2)
+            if len(rows) < need:
+                faults.append(
+                    f"source {rows.name} has {len(rows)} rows, expected at least the {need} of one "
+                    "batch; fix: give it more records or lower problem.batch."
+                )
+        if faults:
+            raise InputError(faults)
+        for rows, source in zip(self.rows, self.data.sources.values(), strict=True):
+            lines.append(
+                f"source {rows.name}: {source.format}, {len(source.examples):,} records, "
+                f"{source.size:,} bytes, {len(rows):,} rows, {rows.trained_tokens:,} trained "
+                f"tokens, {rows.truncated} truncated"
+            )
+        lines.append(f"target: {len(self.target_rows):,} rows; test: {len(self.test_rows):,} rows")
+        return lines
+
+    def init(self, generator: torch.Generator) -> tuple[Tensor, nn.Module]:
+        seed = int(torch.randint(2**31, (), generator=generator))
+        x = torch.zeros(len(self.names), dtype=torch.float64)
+        return x, self.fresh_model(seed)
+
+    def fresh_model(self, seed: int) -> nn.Module:
+        """A model as every run starts from it; the seed matters for `tiny` only."""
+        if self.model == "tiny":
+            size = len(self.tokenizer)
+            return model_module.tiny_model(size, layers=self.layers, width=self.width, seed=seed)
+        return model_module.load_model(self.model)
+
+    def batches(self, generator: torch.Generator) -> tuple[Stream, Stream]:
+        seed = int(torch.randint(2**31, (), generator=generator)) ^ self.data_seed
+        per_source = self.batch // len(self.rows)
+        count = min(self.target_batch, len(self.target_rows))
+        upper = Stratified([self.target_rows], rows=[count], seed=seed)
+        return upper, Stratified(self.rows, rows=[per_source] * len(self.rows), seed=seed)
+
+    def split(self, batch: Batch) -> Sequence[Batch]:
+        return cut(batch, self.micro_batch) if self.micro_batch else (batch,)
+
+    def lower(self, x: Tensor, y: nn.Module, batch: Batch) -> Tensor:
+        losses = model_module.example_losses(y, batch).double()
+        weights = x.softmax(0)[batch.source] * batch.share
+        return (weights * losses.to(x.device)).sum()
+
+    def upper(self, x: Tensor, y: nn.Module, batch: Batch) -> Tensor:
+        return (batch.share * model_module.example_losses(y, batch).double().cpu()).sum()
+
+    def metrics(self, x: Tensor, y: nn.Module) -> dict[str, Any]:
+        return {"weights": dict(zip(self.names, x.detach().softmax(0).tolist(), strict=True))}
+
+    def headline(self, record: dict[str, Any]) -> str:
+        """The words of the progress line."""
+        top = sorted(record["weights"].items(), key=lambda item: -item[1])[:3]
+        words = " ".join(f"{name} {weight:.2f}" for name, weight in top)
+        return f"target loss {record['upper']:.3f} | {words}"
+
+    def finish(self, result: Any, out: Path) -> list[str]:
+        from bilevel.problems.llm_reweight import output
+
+        return output.write(self, result, out)
+
+    def _tokenize(self, source: Any) -> Rows:
+        return tokenize(source, self.tokenizer, max_length=self.max_length)

@@ -1,0 +1,178 @@
+"""Examples as token rows: tokenizing, cutting, and stratified batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bilevel.problems.llm_reweight.records import Source
+from torch import Tensor
+
+from bilevel import InputError, Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The tokenized examples of one source; `targets[i]` marks the trained tokens of `ids[i]`."""
+
+    name: str
+    ids: tuple[tuple[int, ...], ...]
+    trained: tuple[tuple[bool, ...], ...]
+    records: tuple[int, ...]
+    """The 0-based record in the file that each row was cut from."""
+    truncated: int = 0
+    """Rows that lost tokens to the length limit."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(map(sum, self.trained))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Padded rows of one batch or of a part of it; lengths in tokens."""
+
+    ids: Tensor
+    """[rows, length]"""
+    trained: Tensor
+    """[rows, length], true where the token is predicted and counted."""
+    source: Tensor
+    """[rows], the source of each row."""
+    share: Tensor
+    """[rows], one over the rows of that source in the WHOLE batch, float64."""
+    labels: tuple[str, ...]
+    """source:record of each row, for messages."""
+
+
+def tokenize(source: Source, tokenizer: Any, *, max_length: int) -> Rows:
+    """Turn a source's examples into rows of at most `max_length` tokens.
+
+    An example that is trained on throughout is cut into consecutive rows. Any other keeps its end
+    when it is too long, so that the answer survives. Rows without a trained token are dropped.
+
+    Raises:
+        InputError: If the tokenizer yields no tokens, or no row has a token to train on.
+    """
+    end = tokenizer.eos_token_id
+    ids, trained, records, truncated, empty = [], [], [], 0, 0
+    texts = [text for example in source.examples for text, _ in example.segments]
+    pieces = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    for example in source.examples:
+        row: list[int] = []
+        marks: list[bool] = []
+        for _, mark in example.segments:
+            piece = next(pieces)
+            row += piece
+            marks += [mark] * len(piece)
+        if end is not None and marks and marks[-1]:
+            row.append(end)
+            marks.append(True)
+        whole = all(marks)
+        truncated += not whole and len(row) > max_length
+        cuts = range(0, len(row), max_length) if whole else [max(0, len(row) - max_length)]
+        kept = 0
+        for cut in cuts:
+            part, part_marks = row[cut : cut + max_length], marks[cut : cut + max_length]
+            if any(part_marks[1:]):
+                ids.append(tuple(part))
+                trained.append((False, *part_marks[1:]))
+                records.append(example.index)
+                kept += 1
+        empty += not kept
+    if not ids:
+        raise InputError(
+            f"{source.path}: no record has a token left to train on (found {len(source.examples)} "
+            "records, expected at least two tokens with one trained); fix: check the tokenizer and "
+            "problem.max_length."
+        )
+    return Rows(
+        name=source.name,
+        ids=tuple(ids),
+        trained=tuple(trained),
+        records=tuple(records),
+        truncated=truncated,
+    )
+
+
+class Stratified(Stream):
+    """Batches with a fixed number of rows of every source, each source in its own random order.
+
+    The batch of step t is a pure function of (seed, source name, t): it depends neither on the
+    order of the sources nor on their sizes, and the position is one number.
+    """
+
+    def __init__(self, sources: Sequence[Rows], *, rows: Sequence[int], seed: int) -> None:
+        self.sources, self.rows, self.seed = sources, rows, seed
+        self.position = 0
+        self._orders: dict[tuple[str, int], list[int]] = {}
+
+    def __next__(self) -> Batch:
+        picks = [
+            (k, self._row(source, self.position * count + i))
+            for k, (source, count) in enumerate(zip(self.sources, self.rows, strict=True))
+            for i in range(count)
+        ]
+        self.position += 1
+        shares = [1.0 / self.rows[k] for k, _ in picks]
+        return collate(self.sources, picks, shares)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+    def _row(self, source: Rows, draw: int) -> int:
+        epoch, place = divmod(draw, len(source))
+        key = (source.name, epoch)
+        if key not in self._orders:
+            self._orders.pop((source.name, epoch - 2), None)
+            digest = hashlib.sha256(f"{self.seed}/{source.name}/{epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            self._orders[key] = torch.randperm(len(source), generator=generator).tolist()
+        return self._orders[key][place]
+
+
+def collate(
+    sources: Sequence[Rows], picks: Sequence[tuple[int, int]], shares: Sequence[float]
+) -> Batch:
+    """The padded batch of (source, row) picks; padding goes right and is never trained on."""
+    length = max(len(sources[k].ids[i]) for k, i in picks)
+    ids = torch.zeros(len(picks), length, dtype=torch.long)
+    trained = torch.zeros(len(picks), length, dtype=torch.bool)
+    for row, (k, i) in enumerate(picks):
+        n = len(sources[k].ids[i])
+        ids[row, :n] = torch.tensor(sources[k].ids[i])
+        trained[row, :n] = torch.tensor(sources[k].trained[i])
+    return Batch(
+        ids=ids,
+        trained=trained,
+        source=torch.tensor([k for k, _ in picks]),
+        share=torch.tensor(shares, dtype=torch.float64),
+        labels=tuple(f"{sources[k].name}:{sources[k].records[i]}" for k, i in picks),
+    )
+
+
+def cut(batch: Batch, rows: int) -> list[Batch]:
+    """The batch in parts of at most `rows` rows, each padded no further than it needs."""
+    parts = []
+    for start in range(0, len(batch.ids), rows):
+        part = slice(start, start + rows)
+        columns = batch.trained[part].any(0).nonzero()
+        length = int(columns.max()) + 1 if len(columns) else batch.ids.shape[1]
+        parts.append(
+            Batch(
+                ids=batch.ids[part, :length],
+                trained=batch.trained[part, :length],
+                source=batch.source[part],
+                share=batch.share[part],
+                labels=batch.labels[part],
+            )
+        )
+    return parts
