@@ -20,6 +20,7 @@ from bilevel.problems.llm_reweight.formats import (
     detect,
     fault,
     kind,
+    malformed,
     render,
 )
 
@@ -280,7 +281,7 @@ def _records(text: str, path: str, faults: list[str]) -> list[_Record]:
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
-            faults.append(_malformed(text, path, error))
+            faults.append(malformed(text, path, error))
             return []
         return [_Record(value=value, index=i, line=None) for i, value in enumerate(values)]
     lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -295,33 +296,8 @@ def _records(text: str, path: str, faults: list[str]) -> list[_Record]:
             records.append(_Record(value=json.loads(line), index=index, line=number))
         except (ValueError, RecursionError) as error:
             last = number if index == len(lines) - 1 else None
-            faults.append(_malformed(line, path, error, line=number, last=last is not None))
+            faults.append(malformed(line, path, error, line=number, last=last is not None))
     return records
-
-
-def _malformed(
-    text: str, path: str, error: Exception, *, line: int | None = None, last: bool = True
-) -> str:
-    """Say where JSON stops being JSON, and whether the file was cut off there."""
-    array = line is None
-    expected = "one JSON array" if array else "one complete JSON object on each line"
-    if not isinstance(error, json.JSONDecodeError):
-        fix = "simplify the record or remove it"
-        where = path if array else f"{path}:{line}"
-        return fault(where, f"JSON that cannot be read ({error})", expected, fix)
-    where = f"{path}:{error.lineno if array else line}"
-    body = text.rstrip()
-    extra = error.msg == "Extra data"
-    ends = error.pos >= len(body) or not body.endswith("]" if array else "}")
-    if last and not extra and body.startswith(("{", "[")) and ends:
-        what = "a JSON array" if array else "a last line"
-        fix = "write the file again, it was cut off, or remove the unfinished record"
-        return fault(where, f"{what} that stops at column {error.colno} (truncated)", expected, fix)
-    found = f"malformed JSON at column {error.colno} ({error.msg})"
-    fix = "correct it there or remove the record"
-    if extra:
-        fix = "put every record on its own line, without commas between records"
-    return fault(where, found, expected, fix)
 
 
 def _examples(
