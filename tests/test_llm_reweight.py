@@ -1,0 +1,204 @@
+"""The data-weighting problem on a real tiny Llama against closed forms and invariances."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+
+import bilevel
+from bilevel.problems.llm_reweight import LLMReweight
+from bilevel.problems.llm_reweight.model import example_losses, tiny_model
+from bilevel.problems.llm_reweight.tokens import Rows, Stratified, cut, tokenize
+from bilevel.run import main
+from bilevel.solvers.penalty import scalebio
+
+WORDS = {
+    "sea": "wave tide salt ship sail harbor storm anchor deck gull".split(),
+    "law": "court judge claim appeal statute clause brief counsel ruling bench".split(),
+    "food": "bread oil flour oven basil onion pepper broth spoon plate".split(),
+}
+
+
+def write_sources(folder, records=60):
+    draw = random.Random(0)
+    for name, words in WORDS.items():
+        lines = [json.dumps({"text": " ".join(draw.choices(words, k=30))}) for _ in range(records)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps({"text": " ".join(draw.choices(WORDS["sea"], k=30))}) for _ in range(40)]
+    (folder / "target.jsonl").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    write_sources(path)
+    return path
+
+
+def problem(folder, names=("sea", "law", "food"), **options):
+    options = {"max_length": 24, "batch": 6, "target_batch": 3, "width": 32} | options
+    return LLMReweight(
+        sources=tuple(f"{n}={folder / n}.jsonl" for n in names),
+        target=str(folder / "target.jsonl"),
+        verdict=False,
+        **options,
+    )
+
+
+def weight_gradient(task, y, z, batch, x, penalty):
+    """What the x gathers from the two sweeps, through the solver's own machinery."""
+    variable = bilevel.Variable("x", x.clone(), bilevel.optimizer_by_name("sgd", 1.0))
+    for model, share in ((y, penalty), (z, -penalty)):
+        with variable.weighted(share):
+            for part in task.split(batch):
+                task.lower(variable.value, model, part).backward()
+    return variable.gradient()[0]
+
+
+@pytest.fixture(scope="module")
+def setup(folder):
+    task = problem(folder)
+    task.prepare()
+    y, z = (tiny_model(len(task.tokenizer), layers=2, width=32, seed=s) for s in (1, 2))
+    batch = next(Stratified(task.rows, rows=[4, 4, 4], seed=0))
+    x = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
+    return task, y, z, batch, x
+
+
+def test_weight_gradient_equals_the_closed_form(setup):
+    """dF_s = alpha p_s (d_s - sum_t p_t d_t), d_s = l_s(y) - l_s(z), to 1e-5 relative."""
+    task, y, z, batch, x = setup
+    with torch.no_grad():
+        gaps = example_losses(y, batch).double() - example_losses(z, batch).double()
+    d = torch.stack([gaps[batch.source == s].mean() for s in range(3)])
+    p = x.softmax(0)
+    expected = 100.0 * p * (d - p @ d)
+    got = weight_gradient(task, y, z, batch, x, 100.0)
+    assert torch.linalg.norm(got - expected) <= 1e-5 * torch.linalg.norm(expected)
+    assert not torch.any(weight_gradient(task, y, y, batch, x, 100.0))
+
+
+@pytest.mark.parametrize("rows", [12, 8, 4, 1])
+def test_weight_gradient_does_not_depend_on_micro_batches_or_padding(setup, rows):
+    task, y, z, batch, x = setup
+    whole = weight_gradient(task, y, z, batch, x, 1.0)
+    parts = dataclasses.replace(task, micro_batch=rows)
+    padded = dataclasses.replace(
+        batch,
+        ids=torch.nn.functional.pad(batch.ids, (0, 9)),
+        trained=torch.nn.functional.pad(batch.trained, (0, 9)),
+    )
+    for other in (weight_gradient(parts, y, z, batch, x, 1.0),):
+        assert torch.allclose(other, whole, rtol=0, atol=1e-6)
+    assert torch.allclose(weight_gradient(task, y, z, padded, x, 1.0), whole, rtol=0, atol=1e-6)
+    assert sum(len(part.ids) for part in cut(batch, rows)) == len(batch.ids)
+
+
+def test_weights_do_not_depend_on_the_order_of_sources(folder):
+    results = []
+    for names in (("sea", "law", "food"), ("food", "sea", "law")):
+        result = bilevel.solve(problem(folder, names), scalebio(warmup=1), steps=4)
+        results.append(result.history[-1]["weights"])
+    assert results[0].keys() == results[1].keys()
+    assert all(abs(results[0][n] - results[1][n]) < 1e-6 for n in WORDS)
+
+
+def test_duplicated_records_do_not_change_a_weight_much(folder, tmp_path):
+    write_sources(tmp_path)
+    (tmp_path / "law.jsonl").write_text("\n".join([(folder / "law.jsonl").read_text()] * 10))
+    learned = []
+    for place in (folder, tmp_path):
+        result = bilevel.solve(problem(place), scalebio(warmup=5), steps=60)
+        learned.append(result.history[-1]["weights"])
+    assert max(abs(learned[0][n] - learned[1][n]) for n in WORDS) <= 0.03
+
+
+def test_the_right_source_wins(folder):
+    result = bilevel.solve(problem(folder), scalebio(warmup=5, upper_lr=0.05), steps=80)
+    weights = result.history[-1]["weights"]
+    assert weights["sea"] > 0.6 > 2 * max(weights["law"], weights["food"])
+    assert result.counts == {"upper_grad": 80, "lower_grad": 160, "sweeps": 160}
+
+
+def test_batches_are_stratified_and_visit_every_row_once_an_epoch():
+    rows = [
+        Rows(name=n, ids=((1, 2),) * k, trained=((False, True),) * k, records=tuple(range(k)))
+        for n, k in (("a", 6), ("b", 4))
+    ]
+    stream = Stratified(rows, rows=[2, 2], seed=3)
+    labels = [next(stream).labels for _ in range(6)]
+    assert all([label[0] for label in row] == ["a", "a", "b", "b"] for row in labels)
+    first = [label for row in labels[:3] for label in row if label[0] == "a"]
+    assert sorted(first) == [f"a:{i}" for i in range(6)]
+    other = Stratified(rows, rows=[2, 2], seed=3)
+    other.load_state_dict({"position": 4})
+    assert next(other).labels == labels[4]
+
+
+class Bytes:
+    """A tokenizer of one token a byte."""
+
+    eos_token_id = 0
+
+    def __call__(self, texts, add_special_tokens=False):
+        return {"input_ids": [list(t.encode()) for t in texts]}
+
+
+def test_long_prompts_are_cut_so_that_the_answer_survives(tmp_path):
+    from bilevel.problems.llm_reweight.records import read_source
+
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"prompt": "p" * 50, "completion": "answer"}))
+    rows = tokenize(read_source("a", file), Bytes(), max_length=16)
+    assert bytes(rows.ids[0][:-1]).decode() == "p" * 9 + "answer"
+    assert rows.truncated == 1
+    assert rows.trained_tokens == 7  # six bytes and the end
+
+
+def run(folder, out, *more):
+    sources = " ".join(f"{folder / n}.jsonl" for n in WORDS)
+    options = ["problem.max_length=24", "problem.batch=6", "problem.width=32", "steps=24"]
+    arguments = [f"problem.sources={sources}", f"problem.target={folder / 'target.jsonl'}"]
+    arguments += [*options, "problem.verdict_steps=12", f"out={out}", *more]
+    return main(["problem=llm_reweight", *arguments])
+
+
+def test_a_run_leaves_everything_behind(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "a", "memory=lisa", "memory.gamma=1") == 0
+    names = {p.name for p in (tmp_path / "a").iterdir()}
+    assert names >= {"weights.json", "weights.csv", "weights.yaml", "report.html", "plots"}
+    body = json.loads((tmp_path / "a" / "weights.json").read_text())
+    assert body["schema"] == "bilevel.llm_reweight/1"
+    assert abs(sum(s["weight"] for s in body["sources"]) - 1) < 1e-9
+    keys = {"name", "path", "records", "trained_tokens", "weight", "share_examples"}
+    assert keys <= body["sources"][0].keys()
+    assert "LISA trains blocks" in (tmp_path / "a" / "log.txt").read_text()
+    assert "paired seeds" in capsys.readouterr().out
+
+
+def test_markup_in_a_name_is_escaped(folder, tmp_path):
+    sources = f"'<b>x={folder / 'sea.jsonl'}' law={folder / 'law.jsonl'}"
+    assert run(folder, tmp_path / "a", f"problem.sources={sources}", "verdict=false") == 0
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "<b>x" not in page
+    assert "&lt;b&gt;x" in page
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("problem.sources=one.jsonl", "at least two sources"),
+        ("problem.target=", "problem.target is not"),
+        ("problem.batch=2", "at least the number of sources"),
+        ("problem.batch=900", "lower problem.batch"),
+        ("problem.model=no/such/folder", "cannot be loaded"),
+        ("problem.target={sea}", "shares 45 records"),
+    ],
+)
+def test_wrong_input_is_told_before_anything_is_written(folder, tmp_path, capsys, option, words):
+    option = option.format(sea=folder / "sea.jsonl")
+    assert run(folder, tmp_path / "a", option) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
