@@ -15,9 +15,31 @@ from bilevel.run import main
 from bilevel.solvers.penalty import scalebio
 
 WORDS = {
-    "sea": "wave tide salt ship sail harbor storm anchor deck gull".split(),
-    "law": "court judge claim appeal statute clause brief counsel ruling bench".split(),
-    "food": "bread oil flour oven basil onion pepper broth spoon plate".split(),
+    "sea": ["wave", "tide", "salt", "ship", "sail", "harbor", "storm", "anchor", "deck", "gull"],
+    "law": [
+        "court",
+        "judge",
+        "claim",
+        "appeal",
+        "statute",
+        "clause",
+        "brief",
+        "counsel",
+        "ruling",
+        "bench",
+    ],
+    "food": [
+        "bread",
+        "oil",
+        "flour",
+        "oven",
+        "basil",
+        "onion",
+        "pepper",
+        "broth",
+        "spoon",
+        "plate",
+    ],
 }
 
 

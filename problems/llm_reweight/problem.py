@@ -55,7 +55,7 @@ class LLMReweight(Problem):
     """Go on although target records also stand in a source."""
     verdict: bool = True
     """Whether to train fresh models with the learned mixture and with uniform, and compare."""
-    verdict_steps: int = 300
+    verdict_steps: int = 200
     """Training steps of each fresh model."""
     verdict_seeds: int = 3
     """Paired seeds of the comparison."""

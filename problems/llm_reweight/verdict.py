@@ -43,7 +43,7 @@ def train(problem: LLMReweight, mixture: dict[str, float], *, seed: int) -> floa
     model = problem.fresh_model(1000 + seed)
     rows = problem.rows
     shares = torch.tensor([mixture[n] for n in problem.names], dtype=torch.float64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, problem.verdict_steps)
     drawn = [0] * len(rows)
     orders = [_order(source, seed) for source in rows]
