@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bilevel import InputError
+from bilevel.problems.llm_reweight import embedded
 from bilevel.problems.llm_reweight.records import (
     Example,
     Source,
@@ -14,9 +16,6 @@ from bilevel.problems.llm_reweight.records import (
     overlaps,
     read_sources,
 )
-
-from bilevel import InputError
-from bilevel.problems.llm_reweight import embedded
 
 if TYPE_CHECKING:
     from bilevel.problems.llm_reweight.problem import LLMReweight

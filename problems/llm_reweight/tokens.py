@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bilevel.problems.llm_reweight.records import Source
 from torch import Tensor
 
 from bilevel import InputError, Stream
+from bilevel.problems.llm_reweight.records import Source
 
 
 @dataclass(frozen=True, kw_only=True)
