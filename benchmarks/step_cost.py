@@ -171,8 +171,8 @@ def write(rows: list[dict[str, object]], options: argparse.Namespace) -> None:
     lines = [
         "# Cost of a step",
         "",
-        f"`python benchmarks/step_cost.py`; {machine}; {vars(options)}; medians of {options.rounds} "
-        "interleaved rounds; ratio and operations relative to a plain full step.",
+        f"`python benchmarks/step_cost.py`; {machine}; {vars(options)}; medians of the interleaved "
+        "rounds; ratio and operations relative to a plain full step.",
         "",
         "| case | median ms | quartile spread ms | ratio | operations |",
         "| --- | --- | --- | --- | --- |",
