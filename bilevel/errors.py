@@ -1,4 +1,4 @@
-"""The one error for wrong input: every fault found, reported together."""
+"""The two errors of our own: wrong input, and numbers that are no longer finite."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ class InputError(ValueError):
     def __init__(self, faults: str | Sequence[str]) -> None:
         self.faults = (faults,) if isinstance(faults, str) else tuple(faults)
         super().__init__("\n".join(self.faults))
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a gradient is not finite; the message says which, and on what data.
+
+    A solver raises it inside a step, before it moves anything by such numbers; `solve` ends the run
+    with `Status.NONFINITE` and this message.
+    """

@@ -104,6 +104,10 @@ class Problem(ABC):
         """Numbers worth logging besides the two losses."""
         return {}
 
+    def explain(self, x: Value, y: Value, batch: Any) -> str:
+        """Where in a batch a loss or gradient that is not finite comes from, if that is known."""
+        return ""
+
     def finish(self, result: Any, out: Any) -> None:
         """Called once by the command line after a run, to write files into the folder `out`."""
         return None

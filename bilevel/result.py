@@ -16,8 +16,8 @@ class Status(Enum):
     STEPS = "The requested number of steps was done."
     STOPPED = "A callback stopped the run."
     NONFINITE = (
-        "A loss or gradient was not finite; the values are those before that step. "
-        "Lower the step sizes or the penalty."
+        "The step was not done, because its numbers are not finite. "
+        "Lower the step sizes or the penalty, or mend the data."
     )
 
     @property

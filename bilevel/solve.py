@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from bilevel import checkpoint
-from bilevel.errors import InputError
+from bilevel.errors import InputError, NonFiniteError
 from bilevel.launch import Launcher, Single
 from bilevel.memory import Full, Memory
 from bilevel.plugins import find
 from bilevel.problem import Functions, Problem
 from bilevel.result import Result, Status
 from bilevel.solver import Solver, State
-from bilevel.tree import Value, leaves
+from bilevel.tree import Value, leaves, named_leaves
 
 Callback = Callable[[State, dict[str, Any]], None]
 """Called after every step with the state and the step's record; may raise StopIteration."""
@@ -85,23 +85,27 @@ def solve(
         if folder is not None and launcher.is_main:
             checkpoint.save(folder, {**state.state_dict(), "history": history}, fingerprint=marks)
 
-    status = Status.STEPS
+    status, found = Status.STEPS, ""
     if folder is not None and newest is None:
         store()
     while state.step < steps:
-        state = solver.step(problem, launcher, state)
+        try:
+            state = solver.step(problem, launcher, state)
+        except NonFiniteError as error:
+            status, found = Status.NONFINITE, f"Step {state.step + 1}: {error}. "
+            break
         ended = solver.terminate(state)
         record = _record(problem, state)
         history.append(record)
-        if ended is Status.NONFINITE:
-            status = ended
-            break
         try:
             for callback in callbacks:
                 callback(state, record)
         except StopIteration:
             ended = Status.STOPPED
         if ended is not None or state.step == steps or state.step % checkpoint_every == 0:
+            if bad := _not_finite(state):
+                status, found = Status.NONFINITE, f"After step {state.step}: {bad}. "
+                break
             store()
         if ended is not None:
             status = ended
@@ -110,7 +114,7 @@ def solve(
         x=_detached(state.variables["x"].value),
         y=_detached(state.variables["y"].value),
         status=status,
-        message=status.value,
+        message=found + status.value,
         nit=state.step,
         upper=state.upper,
         lower=state.lower,
@@ -192,6 +196,16 @@ def _record(problem: Problem, state: State) -> dict[str, Any]:
         "penalty": state.numbers.get("penalty"),
         **values,
     }
+
+
+def _not_finite(state: State) -> str:
+    """In words, the first value or optimizer state that is not finite; nothing if all are."""
+    for variable in state.variables.values():
+        for name, leaf in named_leaves(variable.value).items():
+            held = [leaf, *variable.optimizer.state.get(leaf, {}).values()]
+            if not all(bool(t.isfinite().all()) for t in held if torch.is_tensor(t)):
+                return f"{variable.name} or its optimizer state is not finite ({name})"
+    return ""
 
 
 def _detached(value: Value) -> Value:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from bilevel.errors import NonFiniteError
 from bilevel.launch import Launcher
 from bilevel.memory import Memory
 from bilevel.problem import Problem, Stream
@@ -80,3 +83,19 @@ class Solver(ABC):
     def check(self, problem: Problem) -> list[str]:
         """Every reason why this solver cannot be used on this problem, as sentences."""
         return []
+
+
+def finite_loss(
+    name: str, loss: Tensor, problem: Problem, x: Variable, y: Variable, batch: Any
+) -> float:
+    """The number of a loss called "upper" or "lower", taken at a copy of y on a batch.
+
+    Raises:
+        NonFiniteError: If it is not finite, with the problem's words about the batch.
+    """
+    number = float(loss.detach())
+    if not math.isfinite(number):
+        words = problem.explain(x.value, y.value, batch)
+        found = f"the {name} loss at {y.name} is {number}"
+        raise NonFiniteError(f"{found}; {words}" if words else found)
+    return number

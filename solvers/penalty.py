@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from bilevel.errors import InputError
+from bilevel.errors import InputError, NonFiniteError
 from bilevel.launch import Launcher
 from bilevel.memory import Memory
 from bilevel.problem import Problem
 from bilevel.result import Status
-from bilevel.solver import Solver, State
+from bilevel.solver import Solver, State, finite_loss
 from bilevel.tree import leaves
 from bilevel.variable import Variable, optimizer_by_name
 
@@ -131,9 +131,8 @@ class Penalty(Solver):
             with contextlib.nullcontext() if last and moves_x else x.frozen():
                 for copy, weight, share in points:
                     self._sweep(problem, launcher, state, copy, weight, share, batches)
-            self._clip([y, z])
-            if not math.isfinite(state.upper + state.lower):
-                break
+            for copy in (y, z):
+                self._clip(problem, x, copy, batches)
             if last and moves_x:
                 self._step_all(launcher, state)
             else:
@@ -145,8 +144,6 @@ class Penalty(Solver):
         return state
 
     def terminate(self, state: State) -> Status | None:
-        if not math.isfinite(state.upper + state.lower):
-            return Status.NONFINITE
         if self.tolerance and state.numbers.get("change", math.inf) < self.tolerance:
             return Status.CONVERGED
         return None
@@ -169,18 +166,16 @@ class Penalty(Solver):
                 for part in problem.split(batches[0]):
                     loss = problem.upper(x.value, copy.value, part)
                     launcher.backward(weight * loss)
-                    upper += float(loss.detach())
+                    upper += finite_loss("upper", loss, problem, x, copy, part)
                 state.counts["upper_grad"] += 1
             for part in problem.split(batches[1]):
                 loss = problem.lower(x.value, copy.value, part)
                 launcher.backward(loss)
-                lower += float(loss.detach())
+                lower += finite_loss("lower", loss, problem, x, copy, part)
         state.counts["lower_grad"] += 1
         state.counts["sweeps"] += 1
         if copy.name == "y":
             state.upper, state.lower = upper, lower
-        elif not math.isfinite(upper + lower):
-            state.lower = math.nan
 
     def _step_all(self, launcher: Launcher, state: State) -> None:
         """Move every copy, and x: all gradients were taken at the old iterates."""
@@ -189,16 +184,25 @@ class Penalty(Solver):
         _set_lr([x], self.upper_lr * min(1.0, (since + 1) / (self.ramp + 1)))
         before = [p.detach().clone() for p in leaves(x.value)]
         if not all(bool(g.isfinite().all()) for g in x.gradient()):
-            state.upper = math.nan
-            return
+            raise NonFiniteError("the gradient of x is not finite")
         launcher.step([state.variables["y"], state.variables["z"], x])
         pairs = zip(leaves(x.value), before, strict=True)
         state.numbers["change"] = max(float((p.detach() - b).abs().max()) for p, b in pairs)
 
-    def _clip(self, copies: Sequence[Variable]) -> None:
+    def _clip(
+        self, problem: Problem, x: Variable, copy: Variable, batches: tuple[Any, Any]
+    ) -> None:
+        """Clip the gradient of a copy, or raise if its norm is not finite."""
+        gathered = [p for p in leaves(copy.value) if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in gathered if p.grad is not None])
+        if not bool(norm.isfinite()):
+            words = [problem.explain(x.value, copy.value, batch) for batch in batches]
+            found = "; ".join(
+                filter(None, [f"the gradient of {copy.name} has norm {norm}", *words])
+            )
+            raise NonFiniteError(found)
         if self.clip:
-            for copy in copies:
-                torch.nn.utils.clip_grad_norm_(leaves(copy.value), self.clip)
+            torch.nn.utils.clip_grads_with_norm_(gathered, self.clip, norm)
 
     def _cap(self, y: Variable) -> float:
         caps = [PENALTY_CAPS[p.dtype] for p in leaves(y.value) if p.dtype in PENALTY_CAPS]

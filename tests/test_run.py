@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import bilevel
 from bilevel import Single, checkpoint
 from bilevel.errors import InputError
 from bilevel.run import main
+from bilevel.solvers.penalty import Penalty
 
 
 def run(*arguments):
@@ -70,6 +72,94 @@ def test_killed_run_goes_on(tmp_path):
     assert main([*arguments[:-1], f"out={tmp_path / 'whole'}"]) == 0
     files = [tmp_path / n / "trajectory.jsonl" for n in ("whole", "killed")]
     assert files[0].read_text() == files[1].read_text()
+
+
+class Count(bilevel.Stream):
+    """0, 1, 2, ..."""
+
+    def __init__(self):
+        self.position = -1
+
+    def __next__(self):
+        self.position += 1
+        return self.position
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+class Breaks(bilevel.Problem):
+    """A quadratic that fails at draw 7, in a way of one's choice."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def init(self, generator):
+        return torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+
+    def batches(self, generator):
+        return Count(), Count()
+
+    def explain(self, x, y, batch):
+        return f"draw {batch} is bad"
+
+    def upper(self, x, y, batch):
+        loss = (y - 1).square().sum()
+        return loss + self.fault("upper", y) if batch == 7 else loss
+
+    def lower(self, x, y, batch):
+        loss = (y - x).square().sum()
+        return loss + self.fault("lower", y) if batch == 7 else loss
+
+    def fault(self, name, y):
+        faults = {
+            f"{name} nan": torch.tensor(torch.nan),
+            f"{name} inf": torch.tensor(torch.inf),
+            f"{name} gradient": (y * 0).sqrt().sum(),  # 0, with a gradient of 0 / 0
+            f"{name} overflow": 1e300 * y.sum(),
+        }
+        return faults.get(self.kind, 0.0)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("upper nan", "Step 8: the upper loss at y is nan; draw 7 is bad"),
+        ("lower inf", "Step 8: the lower loss at y is inf; draw 7 is bad"),
+        ("upper gradient", "Step 8: the gradient of y has norm nan; draw 7 is bad"),
+        ("lower gradient", "Step 8: the gradient of y has norm nan; draw 7 is bad"),
+        ("lower overflow", "Step 8: the gradient of y has norm inf; draw 7 is bad"),
+    ],
+)
+def test_a_step_that_is_not_finite_is_named_and_never_saved(tmp_path, kind, words, clip):
+    options = {"checkpoints": tmp_path, "checkpoint_every": 1, "resume": True}
+    solver = Penalty(inner_steps=1, warmup=2, clip=clip)
+    result = bilevel.solve(Breaks(kind), solver, steps=20, **options)
+    assert result.status is bilevel.Status.NONFINITE and not result.success
+    assert words in result.message
+    assert [row["step"] for row in result.history] == list(range(1, 8))
+    assert checkpoint.latest(tmp_path).name == "step-00000007"
+    assert all_finite(tmp_path) and bool(result.y.isfinite().all())
+    whole = bilevel.solve(Breaks(""), solver, steps=12)
+    parts = bilevel.solve(Breaks(""), solver, steps=12, **options)
+    assert torch.equal(whole.x, parts.x) and torch.equal(whole.y, parts.y)
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 1e308), ("adam", 1e308)])
+def test_an_update_that_overflows_is_never_saved(tmp_path, optimizer, lr):
+    solver = Penalty(inner_steps=1, lower_optimizer=optimizer, lower_lr=lr)
+    result = bilevel.solve(Breaks(""), solver, steps=9, checkpoints=tmp_path, checkpoint_every=1)
+    assert result.status is bilevel.Status.NONFINITE
+    assert all_finite(tmp_path)
+
+
+def all_finite(folder):
+    found = [load_file(path / "tensors.safetensors") for path in folder.glob("step-*")]
+    return bool(found) and all(t.isfinite().all() for tensors in found for t in tensors.values())
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,22 @@ class LLMReweight(Problem):
     def metrics(self, x: Tensor, y: nn.Module) -> dict[str, Any]:
         return {"weights": dict(zip(self.names, x.detach().softmax(0).tolist(), strict=True))}
 
+    def explain(self, x: Tensor, y: nn.Module, batch: Batch) -> str:
+        moving = [p for p in y.parameters() if p.requires_grad]
+        bad = []
+        for row in cut(batch, 1):
+            loss = model_module.example_losses(y, row).sum()
+            grads = torch.autograd.grad(loss, moving, allow_unused=True)
+            if not all(bool(t.isfinite().all()) for t in (loss, *grads) if t is not None):
+                bad += row.labels
+        if not bad:
+            return ""
+        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        return (
+            f"not finite for {len(bad)} of {len(batch.labels)} rows (source:record from 0): "
+            f"{', '.join(bad[:8])}{more}"
+        )
+
     def headline(self, record: dict[str, Any]) -> str:
         """The words of the progress line."""
         top = sorted(record["weights"].items(), key=lambda item: -item[1])[:3]
