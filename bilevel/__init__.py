@@ -8,6 +8,7 @@ from bilevel.result import Result, Status
 from bilevel.solve import minimize, solve
 from bilevel.solver import Solver, State
 from bilevel.variable import Variable, optimizer_by_name
+from bilevel.votes import PairwiseVotes
 
 __all__ = [
     "LISA",
@@ -17,6 +18,7 @@ __all__ = [
     "InputError",
     "Launcher",
     "Memory",
+    "PairwiseVotes",
     "Problem",
     "Result",
     "Single",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bilevel.errors import InputError
 from bilevel.tree import Value, leaves, named_leaves, size_bytes
+from bilevel.votes import PairwiseVotes
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -118,8 +119,10 @@ class Variable:
 def optimizer_by_name(name: str, lr: float, **options: Any) -> OptimizerFactory:
     """A factory of the `torch.optim` optimizer called `name` (any case) with step size `lr`.
 
+    "votes" is `PairwiseVotes`, for logits of weights.
+
     Raises:
-        InputError: If torch has no such optimizer; names the nearest.
+        InputError: If there is no such optimizer; names the nearest.
 
     >>> make = optimizer_by_name("adamw", 1e-2)
     >>> type(make([torch.zeros(2, requires_grad=True)])).__name__
@@ -131,7 +134,7 @@ def optimizer_by_name(name: str, lr: float, **options: Any) -> OptimizerFactory:
         n.lower(): c
         for n, c in vars(torch.optim).items()
         if isinstance(c, type) and issubclass(c, torch.optim.Optimizer) and n != "Optimizer"
-    }
+    } | {"votes": PairwiseVotes}
     kind = known.get(name.lower())
     if kind is None:
         near = get_close_matches(name.lower(), known, n=1)

@@ -62,7 +62,7 @@ class Penalty(Solver):
     ramp: int = 0
     """Upper steps after the warm-up over which the step size of x grows linearly to its own."""
     upper_optimizer: str = "adam"
-    """A torch.optim optimizer for x."""
+    """A torch.optim optimizer for x, or votes for logits of weights."""
     upper_lr: float = 1e-2
     """Step size of x."""
     lower_optimizer: str = "sgd"
@@ -236,6 +236,14 @@ def scalebio(**options: Any) -> Penalty:
         "upper_lr": 1e-2,
     }
     return Penalty(**defaults | options)
+
+
+def scalebio_votes(**options: Any) -> Penalty:
+    """ScaleBiO with pairwise votes for the logits of the weights: decisive, yet still on noise.
+
+    Deviations: those of `scalebio`, and `bilevel.PairwiseVotes` in place of Adam for x.
+    """
+    return scalebio(**{"upper_optimizer": "votes", "upper_lr": 0.03} | options)
 
 
 def _set_lr(variables: Sequence[Variable], lr: float) -> None:

@@ -8,6 +8,7 @@ import pytest
 CORE = Path(__file__).parent.parent / "bilevel"
 ORDER = [
     ["errors", "tree", "result"],
+    ["votes"],
     ["variable"],
     ["problem", "launch", "memory"],
     ["solver", "checkpoint", "plugins"],

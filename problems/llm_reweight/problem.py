@@ -28,7 +28,7 @@ class LLMReweight(Problem):
     2025. Deviation: every batch holds the same number of rows of every source.
     """
 
-    default_solver: ClassVar[str] = "scalebio"
+    default_solver: ClassVar[str] = "scalebio_votes"
     default_steps: ClassVar[int] = 300
 
     sources: tuple[str, ...] = ()
