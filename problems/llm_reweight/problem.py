@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bilevel import InputError, Problem, Stream
 from bilevel.problems.llm_reweight import data as data_module
 from bilevel.problems.llm_reweight import model as model_module
-from bilevel.problems.llm_reweight.tokens import Batch, Rows, Stratified, cut, tokenize
+from bilevel.problems.llm_reweight.tokens import Batch, Rows, Stratified, cut, distinct, tokenize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class LLMReweight(Problem):
         if self.model != "tiny":
             return model_module.load_tokenizer(self.model)
         sources = [self.data.sources[name] for name in sorted(self.data.sources)]
-        texts = (t for s in sources for e in s.examples[:2000] for t, _ in e.segments)
+        texts = (t for s in sources for e in distinct(s)[:2000] for t, _ in e.segments)
         return model_module.tiny_tokenizer(texts)
 
     @cached_property
@@ -120,7 +120,7 @@ class LLMReweight(Problem):
             lines.append(
                 f"source {rows.name}: {source.format}, {len(source.examples):,} records, "
                 f"{source.size:,} bytes, {len(rows):,} rows, {rows.trained_tokens:,} trained "
-                f"tokens, {rows.truncated} truncated"
+                f"tokens, {rows.truncated} truncated, {rows.duplicates} duplicates left out"
             )
         lines.append(f"target: {len(self.target_rows):,} rows; test: {len(self.test_rows):,} rows")
         return lines

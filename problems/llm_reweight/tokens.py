@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel import InputError, Stream
-from bilevel.problems.llm_reweight.records import Source
+from bilevel.problems.llm_reweight.formats import Segments
+from bilevel.problems.llm_reweight.records import Example, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class Rows:
     """The 0-based record in the file that each row was cut from."""
     truncated: int = 0
     """Rows that lost tokens to the length limit."""
+    duplicates: int = 0
+    """Records that repeat another one of the same source and were left out."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,16 +57,18 @@ def tokenize(source: Source, tokenizer: Any, *, max_length: int) -> Rows:
     """Turn a source's examples into rows of at most `max_length` tokens.
 
     An example that is trained on throughout is cut into consecutive rows. Any other keeps its end
-    when it is too long, so that the answer survives. Rows without a trained token are dropped.
+    when it is too long, so that the answer survives. Rows without a trained token are dropped, and
+    so are records that repeat another: the weight of a source does not depend on its copies.
 
     Raises:
         InputError: If the tokenizer yields no tokens, or no row has a token to train on.
     """
     end = tokenizer.eos_token_id
     ids, trained, records, truncated, empty = [], [], [], 0, 0
-    texts = [text for example in source.examples for text, _ in example.segments]
+    examples = distinct(source)
+    texts = [text for example in examples for text, _ in example.segments]
     pieces = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-    for example in source.examples:
+    for example in examples:
         row: list[int] = []
         marks: list[bool] = []
         for _, mark in example.segments:
@@ -97,7 +102,16 @@ def tokenize(source: Source, tokenizer: Any, *, max_length: int) -> Rows:
         trained=tuple(trained),
         records=tuple(records),
         truncated=truncated,
+        duplicates=len(source.examples) - len(examples),
     )
+
+
+def distinct(source: Source) -> list[Example]:
+    """The examples of a source, of equal ones the first."""
+    found: dict[Segments, Example] = {}
+    for example in source.examples:
+        found.setdefault(example.segments, example)
+    return list(found.values())
 
 
 class Stratified(Stream):
