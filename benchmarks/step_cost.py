@@ -11,13 +11,11 @@ without the library, which shows what the library adds.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import record
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,8 +23,6 @@ import bilevel
 from bilevel.problems.llm_reweight.model import example_losses, tiny_model
 from bilevel.problems.llm_reweight.tokens import Batch, Rows, Stratified
 from bilevel.solvers.penalty import scalebio
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Weights(bilevel.Problem):
@@ -125,14 +121,23 @@ def main() -> None:
     rows = [
         {
             "case": name,
-            "median_ms": 1e3 * statistics.median(times),
-            "spread_ms": 1e3 * quartile_spread(times),
+            "median ms": 1e3 * statistics.median(times),
+            "quartile spread ms": 1e3 * quartile_spread(times),
             "ratio": statistics.median(a / b for a, b in zip(times, base, strict=True)),
-            "flop_ratio": flops(cases[name]) / flops(cases["plain full"]),
+            "operations": flops(cases[name]) / flops(cases["plain full"]),
         }
         for name, times in seconds.items()
     ]
-    write(rows, options)
+    record.write(
+        "step_cost",
+        "Cost of a step",
+        [
+            f"{vars(options)}; medians of the interleaved rounds.",
+            "Ratio and operations are relative to a plain full step.",
+        ],
+        rows,
+        ["case", "median ms", "quartile spread ms", "ratio", "operations"],
+    )
 
 
 def measure(cases: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -161,29 +166,6 @@ def flops(step: Callable[[], None], steps: int = 12) -> float:
         for _ in range(steps):
             step()
     return counter.get_total_flops() / steps
-
-
-def write(rows: list[dict[str, object]], options: argparse.Namespace) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    body = {"machine": machine, "options": vars(options), "rows": rows}
-    (RESULTS / "step_cost.json").write_text(json.dumps(body, indent=1) + "\n")
-    lines = [
-        "# Cost of a step",
-        "",
-        f"`python benchmarks/step_cost.py`; {machine}; {vars(options)}; medians of the interleaved "
-        "rounds; ratio and operations relative to a plain full step.",
-        "",
-        "| case | median ms | quartile spread ms | ratio | operations |",
-        "| --- | --- | --- | --- | --- |",
-        *(
-            f"| {r['case']} | {r['median_ms']:.1f} | {r['spread_ms']:.1f} | {r['ratio']:.2f} "
-            f"| {r['flop_ratio']:.2f} |"
-            for r in rows
-        ),
-    ]
-    (RESULTS / "step_cost.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

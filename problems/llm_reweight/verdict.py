@@ -34,7 +34,7 @@ def compare(problem: LLMReweight, weights: dict[str, float]) -> dict[str, Any]:
         "steps": problem.verdict_steps,
         "losses": losses,
         "gain_over_uniform": gains,
-        "sentences": _sentences(losses, gains),
+        "sentences": sentences(losses, gains),
     }
 
 
@@ -85,7 +85,8 @@ def _order(rows: Rows, seed: int) -> list[int]:
     return torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _sentences(losses: dict[str, list[float]], gains: list[float]) -> list[str]:
+def sentences(losses: dict[str, list[float]], gains: list[float]) -> list[str]:
+    """The comparison in words: the losses, the gain over uniform with its interval, the gap."""
     means = {name: statistics.fmean(values) for name, values in losses.items()}
     table = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
     lines = [f"test loss of fresh models, mean over {len(gains)} paired seeds: {table}"]
