@@ -91,22 +91,17 @@ def measures(task: str, weights: dict[str, float]) -> dict[str, float]:
 
 def judge(problem: LLMReweight, weights: dict[str, float], task: str) -> dict[str, Any]:
     """Fresh models on paired seeds: the learned mixture, uniform, and the right source alone."""
-    shares = {"learned": weights, "uniform": dict.fromkeys(weights, 1 / len(weights))}
+    mixtures = verdict.mixtures(problem, weights)
     if task == "demo":
-        shares["oracle"] = {n: float(n == "docstrings") for n in weights}
-    losses = {
-        name: [verdict.train(problem, mixture, seed=s) for s in range(problem.verdict_seeds)]
-        for name, mixture in shares.items()
+        mixtures["oracle"] = {n: float(n == "docstrings") for n in weights}
+    judged = verdict.compare(problem, mixtures)
+    gains = judged["gain_over_uniform"]
+    return judged | {
+        "better than uniform": f"{sum(g > 0 for g in gains)} of {len(gains)}",
+        "gain, nats": statistics.fmean(gains),
+        "gap closed": judged["gap_closed"],
+        "verdict": judged["sentences"][1].split(" (")[0],
     }
-    gains = [u - w for u, w in zip(losses["uniform"], losses["learned"], strict=True)]
-    row: dict[str, Any] = {"losses": losses, "sentences": verdict.sentences(losses, gains)}
-    row["better than uniform"] = f"{sum(g > 0 for g in gains)} of {len(gains)}"
-    row["gain, nats"] = statistics.fmean(gains)
-    if "oracle" in losses:
-        gap = statistics.fmean(losses["uniform"]) - statistics.fmean(losses["oracle"])
-        row["gap closed"] = statistics.fmean(gains) / gap
-    row["verdict"] = row["sentences"][1].split(" (")[0]
-    return row
 
 
 def write(folder: Path, name: str, texts: Sequence[str]) -> str:

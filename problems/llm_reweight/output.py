@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from bilevel.problems.llm_reweight import verdict as verdict_module
+from bilevel.problems.llm_reweight import verdict
 from bilevel.problems.llm_reweight.problem import LLMReweight
 
 SCHEMA = "bilevel.llm_reweight/1"
@@ -32,7 +32,7 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
     write_weights(body, out)  # before the verdict, which takes longer and may be interrupted
     judged = None
     if problem.verdict:
-        judged = verdict_module.compare(problem, weights)
+        judged = verdict.compare(problem, verdict.mixtures(problem, weights))
         body["verdict"] = judged
         write_weights(body, out)
     from bilevel.problems.llm_reweight import report

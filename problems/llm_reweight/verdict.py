@@ -15,26 +15,31 @@ LEARNING_RATE = 3e-3  # AdamW with cosine decay; trains the tiny model well, see
 TEST_ROWS = 256
 
 
-def compare(problem: LLMReweight, weights: dict[str, float]) -> dict[str, Any]:
-    """Train fresh models with the learned mixture, uniform and, if known, the right source alone.
+def mixtures(problem: LLMReweight, weights: dict[str, float]) -> dict[str, dict[str, float]]:
+    """What the verdict compares: learned, uniform and, if it is known, the right source alone."""
+    found = {"learned": weights, "uniform": dict.fromkeys(weights, 1 / len(weights))}
+    if problem.data.relevant:
+        found["oracle"] = {n: float(n == problem.data.relevant[0]) for n in weights}
+    return found
+
+
+def compare(problem: LLMReweight, mixtures: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Train fresh models with every mixture; "learned" and "uniform" must be among them.
 
     Seeds are paired: the same start, the same order within each source. Returns the test losses
     (mean over examples, nats per token), the paired differences and the sentences to print.
     """
-    names = problem.names
-    mixtures = {"learned": weights, "uniform": {n: 1 / len(names) for n in names}}
-    if problem.data.relevant:
-        mixtures["oracle"] = {n: float(n == problem.data.relevant[0]) for n in names}
-    losses: dict[str, list[float]] = {name: [] for name in mixtures}
-    for seed in range(problem.verdict_seeds):
-        for name, mixture in mixtures.items():
-            losses[name].append(train(problem, mixture, seed=seed))
+    seeds = range(problem.verdict_seeds)
+    losses = {n: [train(problem, m, seed=s) for s in seeds] for n, m in mixtures.items()}
     gains = [u - w for u, w in zip(losses["uniform"], losses["learned"], strict=True)]
+    means = {name: statistics.fmean(values) for name, values in losses.items()}
+    gap = means["uniform"] - means.get("oracle", means["uniform"])
     return {
         "steps": problem.verdict_steps,
         "losses": losses,
         "gain_over_uniform": gains,
-        "sentences": sentences(losses, gains),
+        "gap_closed": statistics.fmean(gains) / gap if gap > 0 else None,
+        "sentences": _sentences(means, gains, gap),
     }
 
 
@@ -85,24 +90,21 @@ def _order(rows: Rows, seed: int) -> list[int]:
     return torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def sentences(losses: dict[str, list[float]], gains: list[float]) -> list[str]:
-    """The comparison in words: the losses, the gain over uniform with its interval, the gap."""
-    means = {name: statistics.fmean(values) for name, values in losses.items()}
+def _sentences(means: dict[str, float], gains: list[float], gap: float) -> list[str]:
     table = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
     lines = [f"test loss of fresh models, mean over {len(gains)} paired seeds: {table}"]
-    won = sum(g > 0 for g in gains)
-    mean = statistics.fmean(gains)
-    half = _half_interval(gains)
+    mean, half = statistics.fmean(gains), _half_interval(gains)
     span = f"{mean:+.3f} nats, 95 % interval {mean - half:+.3f} to {mean + half:+.3f}"
     if mean - half > 0:
+        won = sum(g > 0 for g in gains)
         lines.append(f"the learned mixture beats uniform in {won} of {len(gains)} seeds ({span})")
     elif mean + half < 0:
         lines.append(f"the learned mixture is worse than uniform ({span})")
     else:
         lines.append(f"no evidence against uniform ({span})")
-    if "oracle" in means and means["uniform"] > means["oracle"]:
-        closed = mean / (means["uniform"] - means["oracle"])
-        lines.append(f"{closed:.0%} of the gap from uniform to the one right source is closed")
+    if gap > 0:
+        share = f"{mean / gap:.0%}"
+        lines.append(f"{share} of the gap from uniform to the one right source is closed")
     return lines
 
 
