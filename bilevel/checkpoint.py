@@ -32,8 +32,9 @@ def save(
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(state, tensors)
     final = folder / f"step-{state['step']:08d}"
-    partial = folder / f".partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in folder.glob(".partial-*"):  # of a run that was killed here
+        shutil.rmtree(stale, ignore_errors=True)
+    partial = folder / ".partial-new"
     partial.mkdir()
     save_file(tensors, partial / "tensors.safetensors")
     body = {"schema": SCHEMA, "fingerprint": fingerprint, "state": tree}
@@ -41,12 +42,20 @@ def save(
     for name in ("tensors.safetensors", "state.json"):
         _sync(partial / name)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(folder / ".partial-old")
     partial.rename(final)
     _sync(folder)
+    shutil.rmtree(folder / ".partial-old", ignore_errors=True)
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file as a whole: whoever reads it sees the old text or the new one."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def latest(folder: Path) -> Path | None:
@@ -70,16 +79,24 @@ def load(path: Path, *, fingerprint: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"the checkpoint {path} is damaged ({error}); {remedy}") from None
     if body.get("schema") != SCHEMA:
         raise InputError(f"{path} has schema {body.get('schema')!r}, expected {SCHEMA!r}.")
-    saved = body["fingerprint"]
-    wanted = json.loads(json.dumps(fingerprint))
-    other = [k for k in sorted({*saved, *wanted}) if saved.get(k) != wanted.get(k)]
+    other = differences(body["fingerprint"], fingerprint)
     if other:
-        rows = "; ".join(f"{k}: saved {saved.get(k)!r}, now {wanted.get(k)!r}" for k in other[:8])
         raise InputError(
-            f"the checkpoint {path} belongs to another configuration ({rows}); "
-            "use the saved settings, another out= folder, or resume=never with a new out=."
+            f"the checkpoint {path} belongs to another configuration ({'; '.join(other)}); "
+            "use the saved settings or another folder."
         )
     return state
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each key whose value differs between two fingerprints, in words.
+
+    >>> differences({"lr": 0.1, "batch": (1, 2)}, {"lr": 0.2, "batch": [1, 2]})
+    ['lr: 0.1 there, 0.2 now']
+    """
+    a, b = (json.loads(json.dumps(f)) for f in (saved, now))
+    keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+    return [f"{k}: {a.get(k)!r} there, {b.get(k)!r} now" for k in keys]
 
 
 def _checkpoints(folder: Path) -> list[Path]:

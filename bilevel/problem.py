@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -68,6 +69,11 @@ class Problem(ABC):
     computed in parts: `split` cuts a batch and the losses of the parts add up to the whole.
     """
 
+    default_solver: ClassVar[str] = "penalty"
+    """The solver of the command line when none is named."""
+    default_steps: ClassVar[int] = 200
+    """The upper steps of the command line when none are given."""
+
     @abstractmethod
     def init(self, generator: torch.Generator) -> tuple[Value, Value]:
         """The start (x0, y0): trees of floating-point tensors or modules."""
@@ -108,9 +114,26 @@ class Problem(ABC):
         """Where in a batch a loss or gradient that is not finite comes from, if that is known."""
         return ""
 
-    def finish(self, result: Any, out: Any) -> None:
-        """Called once by the command line after a run, to write files into the folder `out`."""
-        return None
+    def check(self) -> list[str]:
+        """Every fault of options and data, as sentences; called before anything slow is done."""
+        return []
+
+    def prepare(self) -> list[str]:
+        """Do what takes long before the first step; returns lines on the data for the user."""
+        return []
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run must share with another to go on from its state; by default the fields."""
+        own = fields(self) if is_dataclass(self) else ()
+        return {field.name: getattr(self, field.name) for field in own}
+
+    def headline(self, record: dict[str, Any]) -> str:
+        """A step's record in the few words of a progress line."""
+        return f"upper {record['upper']:.4g}"
+
+    def finish(self, result: Any, out: Path) -> list[str]:
+        """Write files into the folder `out` after a run; returns the closing lines."""
+        return [repr(result)]
 
 
 class Functions(Problem):

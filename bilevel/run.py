@@ -5,28 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TextIO
 
 import yaml
 
-from bilevel import plugins
+from bilevel import checkpoint, fields, plugins
 from bilevel.errors import InputError
-from bilevel.launch import Single
-from bilevel.memory import LISA, Full
+from bilevel.options import CHOICES, KINDS, Options, help_text, parse
+from bilevel.problem import Problem
 from bilevel.result import Result
-from bilevel.solve import solve
+from bilevel.solve import solve, start
 from bilevel.solver import State
 
-MEMORIES = {"full": Full, "lisa": LISA}
-LAUNCHERS = {"single": Single}
-CHOICES = ("problem", "solver", "memory", "launcher")
-USAGE = """usage: python -m bilevel.run problem=NAME [solver=NAME] [memory=full|lisa] [KEY=VALUE]
+USAGE = """usage: python -m bilevel.run problem=NAME [solver=NAME] [memory=NAME] [KEY=VALUE ...]
 
   python -m bilevel.run problem=llm_reweight           the embedded demonstration
   python -m bilevel.run problem=llm_reweight --help    every key with default and meaning
@@ -34,263 +34,249 @@ USAGE = """usage: python -m bilevel.run problem=NAME [solver=NAME] [memory=full|
 """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Keys of every run."""
-
-    steps: int = 200
-    """Upper steps."""
-    seed: int = 0
-    """Of start values, batches and drawn blocks."""
-    out: str = ""
-    """Folder to write into; runs/<time>-<problem> when empty."""
-    resume: Literal["auto", "never"] = "auto"
-    """Whether to go on from the newest checkpoint in `out`."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _main(arguments)
+        with _quiet():
+            return _main(arguments)
     except InputError as error:
         print("\n".join(f"error: {fault}" for fault in error.faults), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command with the same out= goes on.", file=sys.stderr)
+        print("interrupted before the first step; nothing was written.", file=sys.stderr)
         return 130
 
 
 def _main(arguments: list[str]) -> int:
     if "--list" in arguments:
-        for kind in ("problem", "solver"):
-            print(f"{kind}: {' '.join(plugins.names(kind))}")
-        print(f"memory: {' '.join(MEMORIES)}\nlauncher: {' '.join(LAUNCHERS)}")
+        for kind in KINDS:
+            print(f"{kind}: {' '.join(CHOICES.get(kind) or plugins.names(kind))}")
         return 0
-    wants_help = bool({"--help", "-h"} & set(arguments))
-    values = _values([a for a in arguments if a not in ("--help", "-h")])
-    if "problem" not in values:
-        print(USAGE, file=sys.stdout if wants_help else sys.stderr)
-        return 0 if wants_help else 2
-    names, options = _options(values, wants_help)
-    problem, solver = options.problem, options.solver
-    prepare = getattr(problem, "prepare", None)
-    out, fingerprint = _open(names, options)
-    notes = prepare() if prepare else []
-    out.mkdir(parents=True, exist_ok=True)
-    _write_config(out, names, options)
-    _log_to(out / "log.txt")
-    for note in notes:
-        print(note)
-    memory, settings = options.memory, options.settings
-    progress = _Progress(problem, settings.steps, out)
-    with progress:
-        result = solve(
-            problem,
-            solver,
-            steps=settings.steps,
-            seed=settings.seed,
-            memory=memory,
-            launcher=options.launcher,
-            callbacks=[progress],
-            checkpoints=out / "checkpoints",
-            checkpoint_every=settings.checkpoint_every,
-            fingerprint=fingerprint,
-            resume=settings.resume == "auto",
-        )
-    _write_result(out, result)
-    if not result.success:
-        where = f"step {result.nit}; the last finite checkpoint is in {out / 'checkpoints'}"
-        print(f"failed: {result.message} ({where})", file=sys.stderr)
-        return 1
-    lines = problem.finish(result, out) or [repr(result)]
-    print("\n".join(lines))
+    words = [a for a in arguments if a not in ("--help", "-h")]
+    if not words:
+        print(USAGE, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if words != arguments:
+        print(help_text(words))
+        return 0
+    options = parse(words)
+    settings = options.settings
+    out = _place(options)
+    notes = options.problem.prepare()
+    parts = {"seed": settings.seed, "memory": options.memory, "launcher": options.launcher}
+    state = start(options.problem, options.solver, **parts)
+    out = _claim(out, options)
+    done = checkpoint.latest(out / "checkpoints")
+    notes += [f"going on from {done}"] if done else []
+    print("\n".join(notes), flush=True)
+    progress = _Progress(options.problem, settings.steps, _step(done))
+    try:
+        with _logged(out / "log.txt"):
+            with progress:
+                result = solve(
+                    options.problem,
+                    options.solver,
+                    steps=settings.steps,
+                    callbacks=[progress],
+                    checkpoints=out / "checkpoints",
+                    checkpoint_every=settings.checkpoint_every,
+                    fingerprint=_fingerprint(options),
+                    resume=True,
+                    state=state,
+                    **parts,
+                )
+            _write_result(out, result)
+            if progress.interrupted:
+                raise KeyboardInterrupt
+            if not result.success:
+                kept = checkpoint.latest(out / "checkpoints")
+                print(f"failed: {result.message} Last finite checkpoint: {kept}", file=sys.stderr)
+                return 1
+            print("\n".join(options.problem.finish(result, out)))
+    except KeyboardInterrupt:
+        step = _step(checkpoint.latest(out / "checkpoints"))
+        same = [w for w in words if not w.removeprefix("--").startswith("out=")]
+        again = shlex.join(["python", "-m", "bilevel.run", *same, f"out={out}"])
+        print(f"interrupted; saved at step {step}. Go on with:\n  {again}", file=sys.stderr)
+        return 130
     print(f"written to {out}")
     return 0
 
 
-def _values(arguments: Sequence[str]) -> dict[str, Any]:
-    """The keys and values given, config files first, later ones winning."""
-    given: dict[str, Any] = {}
-    faults = []
-    for argument in arguments:
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not equals:
-            faults.append(f"expected key=value, got {argument!r}; see --help.")
-        given[key] = value
-    if faults:
-        raise InputError(faults)
-    config = given.pop("config", None)
-    return (_read_config(Path(config)) if config else {}) | given
+def _place(options: Options) -> Path:
+    """The folder to write into; nothing is written yet.
 
-
-def _read_config(path: Path) -> dict[str, Any]:
+    Raises:
+        InputError: If it cannot be written, or holds anything but this run.
+    """
+    label = options.names["problem"].replace(":", "-")
+    out = Path(options.settings.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}")
     try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"config={path} cannot be read: {error}") from None
-    if not isinstance(body, dict):
-        raise InputError(f"config={path} must be a mapping of keys, got {type(body).__name__}.")
-    flat: dict[str, Any] = {}
-    for key, value in body.items():
-        if key in CHOICES and isinstance(value, dict):
-            flat |= {k if k == "name" else f"{key}.{k}": v for k, v in value.items() if k != "name"}
-            flat |= {key: value["name"]} if "name" in value else {}
-        else:
-            flat[str(key)] = value
-    return flat
-
-
-def _options(values: dict[str, Any], wants_help: bool) -> tuple[dict[str, str], Any]:
-    """The chosen plugins with their fields filled in from the given values, by tyro."""
-    import tyro
-
-    names = {"problem": str(values.pop("problem"))}
-    problem = plugins.find("problem", names["problem"])()
-    names["solver"] = str(values.pop("solver", getattr(problem, "default_solver", "penalty")))
-    names["memory"] = str(values.pop("memory", "full"))
-    names["launcher"] = str(values.pop("launcher", "single"))
-    if "verdict" in values:
-        values["problem.verdict"] = values.pop("verdict")
-    parts = {
-        "problem": problem,
-        "solver": plugins.find("solver", names["solver"])(),
-        "memory": _choose("memory", names["memory"], MEMORIES)(),
-        "launcher": _choose("launcher", names["launcher"], LAUNCHERS)(),
-        "settings": Settings(steps=getattr(problem, "default_steps", 200)),
-    }
-    fields = [
-        (k, tyro.conf.OmitArgPrefixes[type(v)] if k == "settings" else type(v), v)
-        for k, v in parts.items()
-    ]
-    kind = dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
-    tokens = [t for key, value in values.items() for t in _tokens(key, value)]
-    options = tyro.cli(
-        kind,
-        args=tokens + (["--help"] if wants_help else []),
-        prog="python -m bilevel.run " + " ".join(f"{k}={v}" for k, v in names.items()),
-        description="Write keys as key=value, without the dashes shown here.",
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
-    return names, options
-
-
-def _choose(kind: str, name: str, choices: Mapping[str, Any]) -> Any:
-    if name not in choices:
-        raise InputError(f"unknown {kind} {name!r}; choices: {', '.join(choices)}.")
-    return choices[name]
-
-
-def _tokens(key: str, value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [f"--{key}", *(f"{k}={v}" for k, v in value.items())]
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    if isinstance(value, bool):
-        return [f"--{key}", str(value)]
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return [f"--{key}", value.capitalize()]
-    if key == "problem.sources":
-        return [f"--{key}", *shlex.split(str(value))]
-    return [f"--{key}", str(value)]
-
-
-def _open(names: dict[str, str], options: Any) -> tuple[Path, dict[str, Any]]:
-    """The run's folder and what identifies the run; refuses a folder that holds another run."""
-    settings = options.settings
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    label = names["problem"].replace(":", "-")
-    out = Path(settings.out or f"runs/{stamp}-{label}")
-    fingerprint = _fingerprint(names, options)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out={out} is a file, expected a folder; choose another.")
-    parent = next(p for p in [out, *out.absolute().parents] if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"out={out} cannot be written: no permission on {parent}.")
-    if out.is_dir() and any(out.iterdir()):
+        parent = next(p for p in [out, *out.absolute().parents] if p.exists())
+        if not parent.is_dir():
+            raise InputError(f"out={out}: {parent} is a file, expected a folder; choose another.")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise InputError(f"out={out} cannot be written: no permission on {parent}.")
+        if not out.is_dir() or all(path.name.startswith(".") for path in out.iterdir()):
+            return out
         identity = out / "fingerprint.json"
-        if settings.resume == "never" or not identity.exists():
-            raise InputError(
-                f"out={out} already holds files; choose another folder"
-                + ("." if settings.resume == "auto" else ", or resume=auto to go on with it.")
-            )
+        if options.settings.resume == "never" or not identity.exists():
+            auto = options.settings.resume == "auto"
+            more = "." if auto else ", or resume=auto to go on with it."
+            raise InputError(f"out={out} already holds files; choose another folder{more}")
         saved = json.loads(identity.read_text(encoding="utf-8"))
-        other = [k for k in sorted({*saved, *fingerprint}) if saved.get(k) != fingerprint.get(k)]
-        if other:
-            rows = "; ".join(
-                f"{k}: {saved.get(k)!r} there, {fingerprint.get(k)!r} now" for k in other
-            )
-            raise InputError(f"out={out} holds a run with other settings ({rows}); choose another.")
-    return out, fingerprint
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"out={out} cannot be used: {error}; choose another.") from None
+    other = checkpoint.differences(saved, _fingerprint(options))
+    if other:
+        raise InputError(
+            f"out={out} holds a run with other settings or data ({'; '.join(other)}); choose "
+            "another folder, or give what that run was given."
+        )
+    return out
 
 
-def _fingerprint(names: dict[str, str], options: Any) -> dict[str, Any]:
-    flat: dict[str, Any] = dict(names)
-    for part in ("problem", "solver", "memory"):
-        for field in dataclasses.fields(getattr(options, part)):
-            flat[f"{part}.{field.name}"] = getattr(getattr(options, part), field.name)
-    flat = {k: v for k, v in flat.items() if not k.startswith("problem.verdict")}
+def _claim(out: Path, options: Options) -> Path:
+    """Make the folder, one of its own for a run without out=, and write what identifies the run."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = (out.with_name(f"{out.name}-{i}") for i in range(2, 1000))
+        while not options.settings.out and _taken(out):
+            out = next(free)
+        out.mkdir(exist_ok=True)
+        identity = json.dumps(_fingerprint(options), indent=1)
+        checkpoint.replace_text(out / "fingerprint.json", identity)
+        body: dict[str, Any] = dataclasses.asdict(options.settings)
+        for kind in KINDS:
+            own = dataclasses.asdict(getattr(options, kind))
+            body[kind] = {"name": options.names[kind]} | {k: _plain(v) for k, v in own.items()}
+        checkpoint.replace_text(out / "config.yaml", yaml.safe_dump(body, sort_keys=False))
+    except OSError as error:
+        raise InputError(f"out={out} cannot be written: {error}; choose another.") from None
+    return out
+
+
+def _taken(out: Path) -> bool:
+    try:
+        out.mkdir()
+    except FileExistsError:
+        return True
+    return False
+
+
+def _fingerprint(options: Options) -> dict[str, Any]:
+    """What another run must share with this one to go on from it."""
+    flat: dict[str, Any] = {k: v for k, v in options.names.items() if k != "launcher"}
+    for kind in ("solver", "memory"):
+        part = getattr(options, kind)
+        flat |= {f"{kind}.{f.name}": getattr(part, f.name) for f in dataclasses.fields(part)}
+    flat |= {f"problem.{k}": v for k, v in options.problem.fingerprint().items()}
     return json.loads(json.dumps(flat | {"seed": options.settings.seed}, default=str))
 
 
-def _write_config(out: Path, names: dict[str, str], options: Any) -> None:
-    body: dict[str, Any] = dataclasses.asdict(options.settings)
-    for part in CHOICES:
-        own = dataclasses.asdict(getattr(options, part))
-        own = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items()}
-        body[part] = {"name": names[part], **own}
-    (out / "config.yaml").write_text(yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
-    identity = json.dumps(_fingerprint(names, options), indent=1)
-    (out / "fingerprint.json").write_text(identity, encoding="utf-8")
+def _plain(value: Any) -> Any:
+    """A field's value as YAML can hold it and `fields.read` reads it."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str) else fields.written(value)
+
+
+def _step(path: Path | None) -> int:
+    return int(path.name.partition("-")[2]) if path else 0
 
 
 def _write_result(out: Path, result: Result) -> None:
     rows = "".join(json.dumps(row) + "\n" for row in result.history)
-    (out / "trajectory.jsonl").write_text(rows, encoding="utf-8")
+    checkpoint.replace_text(out / "trajectory.jsonl", rows)
     body = {"status": result.status.name, "message": result.message, "nit": result.nit}
-    body |= {"upper": result.upper, "lower": result.lower, "counts": result.counts}
-    (out / "result.json").write_text(json.dumps(body, indent=1), encoding="utf-8")
+    losses = {"upper": result.upper, "lower": result.lower}
+    body |= {k: v if math.isfinite(v) else None for k, v in losses.items()}
+    body["counts"] = result.counts
+    checkpoint.replace_text(out / "result.json", json.dumps(body, indent=1))
 
 
-def _log_to(path: Path) -> None:
-    logger = logging.getLogger("bilevel")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    logger.setLevel(logging.INFO)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(handler)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings of libraries go to the log alone: the user has no use for them here."""
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """What bilevel says, and libraries warn of, is appended to a file that one run may hold."""
+    loggers = [logging.getLogger("bilevel"), logging.getLogger("py.warnings")]
+    loggers[0].setLevel(logging.INFO)
+    with path.open("a", encoding="utf-8") as file:
+        _lock(file)
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+
+
+def _lock(file: TextIO) -> None:
+    """Hold a file of the run's folder until it is closed, or the process is gone."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows has no such locks; there two runs in one folder are not refused
+        pass
+    except BlockingIOError:
+        folder = Path(file.name).parent
+        raise InputError(f"out={folder} is in use by another run; choose another.") from None
 
 
 class _Progress:
-    """A bar on a terminal, a line every tenth of the run elsewhere."""
+    """A bar on a terminal, a line every tenth of the run elsewhere; Ctrl-C ends a run in order."""
 
-    def __init__(self, problem: Any, steps: int, out: Path) -> None:
-        self.steps = steps
-        self.headline = getattr(problem, "headline", lambda r: f"upper {r['upper']:.4g}")
+    def __init__(self, problem: Problem, steps: int, done: int) -> None:
+        self.problem, self.steps, self.done = problem, steps, done
+        self.interrupted = False
         self.bar: Any = None
 
     def __enter__(self) -> _Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=self.steps, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=self.steps, initial=self.done, unit="step", dynamic_ncols=True)
+        try:
+            self.before = signal.signal(signal.SIGINT, self._interrupt)
+        except ValueError:  # not in the main thread, where Ctrl-C does not arrive
+            self.before = None
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
         if self.bar is not None:
             self.bar.close()
 
     def __call__(self, state: State, record: dict[str, Any]) -> None:
         if self.bar is not None:
-            self.bar.n = state.step
-            self.bar.set_postfix_str(self.headline(record))
+            self.bar.set_postfix_str(self.problem.headline(record), refresh=False)
+            self.bar.update(state.step - self.bar.n)
         elif state.step % max(1, self.steps // 10) == 0:
-            print(f"step {state.step}/{self.steps}: {self.headline(record)}", flush=True)
+            print(f"step {state.step}/{self.steps}: {self.problem.headline(record)}", flush=True)
+        if self.interrupted:
+            raise StopIteration
+
+    def _interrupt(self, *signal_and_frame: object) -> None:
+        """The first Ctrl-C lets the step end and be saved, the second ends it at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def solve(
     checkpoint_every: int = 50,
     fingerprint: dict[str, Any] | None = None,
     resume: bool = False,
+    state: State | None = None,
 ) -> Result:
     """Run `solver` on `problem` for at most `steps` upper steps.
 
@@ -50,44 +51,44 @@ def solve(
         checkpoints: Folder for checkpoints; none are written without it.
         checkpoint_every: Steps between checkpoints.
         fingerprint: Settings that a checkpoint must share to be continued.
-        resume: Continue from the newest checkpoint, if there is one.
+        resume: Continue from the newest checkpoint, if there is one; without it, one is a fault.
+        state: What `start` returned for the same arguments; made here without it.
 
     Raises:
-        InputError: If problem, solver and memory do not fit together; all reasons at once.
+        InputError: As `start`, or if the checkpoint to continue from does not fit.
 
     >>> import bilevel, torch
     >>> from bilevel.problems.quadratic import Quadratic
     >>> bilevel.solve(Quadratic(), "f2ba", steps=3).nit
     3
     """
-    if isinstance(solver, str):
-        solver = find("solver", solver)()
-        assert isinstance(solver, Solver)
-    launcher, memory = launcher or Single(), memory or Full()
-    faults = solver.check(problem)
-    if steps < 1:
-        faults.append(f"steps must be at least 1, got steps={steps}.")
+    faults = [
+        f"{name} must be at least 1, got {name}={number}."
+        for name, number in (("steps", steps), ("checkpoint_every", checkpoint_every))
+        if number < 1
+    ]
+    folder = Path(checkpoints) if checkpoints else None
+    newest = checkpoint.latest(folder) if folder else None
+    if newest and not resume:
+        faults.append(f"{folder} holds checkpoints; pass resume=True to go on, or another folder.")
     if faults:
         raise InputError(faults)
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # for modules that draw from the global generator when built
-    state = solver.init(problem, memory, launcher, generator)
-    folder = Path(checkpoints) if checkpoints else None
+    solver, launcher = _solver(solver), launcher or Single()
+    state = state or start(problem, solver, seed=seed, memory=memory, launcher=launcher)
     history: list[dict[str, Any]] = []
     marks = {"seed": seed, **(fingerprint or {})}
-    newest = checkpoint.latest(folder) if folder and resume else None
     if newest is not None:
         saved = checkpoint.load(newest, fingerprint=marks)
         history = saved.pop("history")
         state.load_state_dict(saved)
 
-    def store() -> None:
+    def store(state: State) -> None:
         if folder is not None and launcher.is_main:
             checkpoint.save(folder, {**state.state_dict(), "history": history}, fingerprint=marks)
 
     status, found = Status.STEPS, ""
     if folder is not None and newest is None:
-        store()
+        store(state)
     while state.step < steps:
         try:
             state = solver.step(problem, launcher, state)
@@ -106,7 +107,7 @@ def solve(
             if bad := _not_finite(state):
                 status, found = Status.NONFINITE, f"After step {state.step}: {bad}. "
                 break
-            store()
+            store(state)
         if ended is not None:
             status = ended
             break
@@ -121,6 +122,35 @@ def solve(
         counts=dict(state.counts),
         history=history,
     )
+
+
+def start(
+    problem: Problem,
+    solver: Solver | str = "penalty",
+    *,
+    seed: int = 0,
+    memory: Memory | None = None,
+    launcher: Launcher | None = None,
+) -> State:
+    """The state before the first step; all that can be wrong is found here, nothing is written.
+
+    Args:
+        problem: As for `solve`, like all others.
+        solver: A solver or the name of one.
+        seed: Of the generator for start values, batches and drawn blocks.
+        memory: What is trainable; everything by default.
+        launcher: Where it runs; this process by default.
+
+    Raises:
+        InputError: If problem, solver and memory do not fit together.
+    """
+    solver = _solver(solver)
+    faults = [*problem.check(), *solver.check(problem)]
+    if faults:
+        raise InputError(faults)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # for modules that draw from the global generator when built
+    return solver.init(problem, memory or Full(), launcher or Single(), generator)
 
 
 def minimize(
@@ -165,6 +195,12 @@ def minimize(
     _check_losses(problem)
     callbacks = [callback] if callback else []
     return solve(problem, solver, steps=steps, seed=seed, callbacks=callbacks)
+
+
+def _solver(solver: Solver | str) -> Solver:
+    found = find("solver", solver)() if isinstance(solver, str) else solver
+    assert isinstance(found, Solver)
+    return found
 
 
 def _check_losses(problem: Functions) -> None:

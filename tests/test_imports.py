@@ -7,13 +7,14 @@ import pytest
 
 CORE = Path(__file__).parent.parent / "bilevel"
 ORDER = [
-    ["errors", "tree", "result"],
+    ["errors", "tree", "result", "fields"],
     ["votes"],
     ["variable"],
     ["problem", "launch", "memory"],
     ["solver", "checkpoint", "plugins"],
     ["solve"],
     ["__init__"],
+    ["options"],
     ["report", "run"],
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}

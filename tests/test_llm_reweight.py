@@ -184,9 +184,10 @@ def test_long_prompts_are_cut_so_that_the_answer_survives(tmp_path):
 def run(folder, out, *more):
     sources = " ".join(f"{folder / n}.jsonl" for n in WORDS)
     options = ["problem.max_length=24", "problem.batch=6", "problem.width=32", "steps=24"]
-    arguments = [f"problem.sources={sources}", f"problem.target={folder / 'target.jsonl'}"]
-    arguments += [*options, "problem.verdict_steps=12", f"out={out}", *more]
-    return main(["problem=llm_reweight", *arguments])
+    options += [f"problem.sources={sources}", f"problem.target={folder / 'target.jsonl'}"]
+    options += ["problem=llm_reweight", "problem.verdict_steps=12", f"out={out}", *more]
+    given = dict(option.split("=", 1) for option in options)  # the last of a key wins
+    return main([f"{key}={value}" for key, value in given.items()])
 
 
 def test_a_run_leaves_everything_behind(folder, tmp_path, capsys):

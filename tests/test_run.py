@@ -162,34 +162,6 @@ def all_finite(folder):
     return bool(found) and all(t.isfinite().all() for tensors in found for t in tensors.values())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["problem=quadratik"], "did you mean 'quadratic'"),
-        (["problem=quadratic", "solver=scalbio"], "did you mean 'scalebio'"),
-        (["problem=quadratic", "memory=lisa"], "memory=full"),
-        (["problem=quadratic", "memory=lora"], "choices: full, lisa"),
-        (["problem=quadratic", "steps"], "expected key=value"),
-        (["problem=quadratic", "steps=0"], "steps must be at least 1"),
-        (["problem=quadratic", "config=none.yaml"], "cannot be read"),
-        (["problem=nowhere:Class"], "module:Class"),
-    ],
-)
-def test_wrong_input_exits_with_2_and_says_why(arguments, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    assert words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("argument", ["steps=many", "solver.penalti=3", "solver.stencil=7"])
-def test_wrong_values_exit_with_2(argument, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main(["problem=quadratic", argument])
-    assert ended.value.code == 2
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_used_folder_is_not_written_over(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("precious")
     assert run(f"out={tmp_path}") == 2
@@ -210,15 +182,6 @@ def test_damaged_checkpoints_are_refused(tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
     with pytest.raises(InputError):
         checkpoint.load(newest, fingerprint={})
-
-
-def test_help_lists_every_key(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["problem=quadratic", "solver=penalty", "--help"])
-    assert ended.value.code == 0
-    text = capsys.readouterr().out
-    for key in ("problem.dim-x", "solver.inner", "steps", "checkpoint", "resume"):
-        assert key.replace("-", "_") in text.replace("-", "_")
 
 
 def test_single_launcher_is_the_main_process():

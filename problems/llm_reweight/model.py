@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,40 @@ def load_tokenizer(name: str) -> Any:
     if not tokenizer("hello world", add_special_tokens=False)["input_ids"]:
         raise InputError(f"the tokenizer of {name} encodes text to no tokens; fix its files.")
     return tokenizer
+
+
+def check_folder(name: str) -> list[str]:
+    """What keeps a local folder from being loaded, told from its file names."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return []
+    present = {path.name for path in folder.iterdir()}
+    faults = []
+    if "config.json" not in present:
+        faults.append(f"problem.model={name} has no config.json; give the folder of a saved model.")
+    if not any(file.endswith(".safetensors") for file in present):
+        pickled = sorted(file for file in present if file.endswith((".bin", ".pt", ".pth")))
+        found = f" ({pickled[0]} is a pickle, which can run code: not read)" if pickled else ""
+        faults.append(
+            f"problem.model={name} has no *.safetensors{found}; save it again with "
+            "save_pretrained(folder, safe_serialization=True)."
+        )
+    return faults
+
+
+def identity(name: str) -> str:
+    """What tells a model from another: its JSON files and the names and sizes of its weights."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    parts = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".json":
+            parts.append(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}")
+        elif path.suffix == ".safetensors":
+            parts.append(f"{path.name} {path.stat().st_size}")
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return f"files of sha256 {digest[:16]}"
 
 
 def load_model(name: str) -> nn.Module:

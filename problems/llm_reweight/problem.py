@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -92,21 +92,45 @@ class LLMReweight(Problem):
     def names(self) -> list[str]:
         return list(self.data.sources)
 
+    def check(self) -> list[str]:
+        least = {"batch": 1, "target_batch": 1, "max_length": 2, "layers": 1, "micro_batch": 0}
+        least |= {"verdict_steps": 1, "verdict_seeds": 1}
+        faults = [
+            f"problem.{name} must be at least {bound}, got {getattr(self, name)}."
+            for name, bound in least.items()
+            if getattr(self, name) < bound
+        ]
+        if self.width < 16 or self.width % 16:
+            faults.append(f"problem.width must be a multiple of 16, got {self.width}.")
+        if self.model != "tiny":
+            faults += model_module.check_folder(self.model)
+        if self.sources or self.target:
+            try:
+                if 0 < self.batch < len(self.names):
+                    faults.append(
+                        "problem.batch must be at least the number of sources, "
+                        f"{len(self.names)}, got {self.batch}."
+                    )
+            except InputError as error:
+                faults += error.faults
+        return faults
+
+    def fingerprint(self) -> dict[str, Any]:
+        held = ("sources", "target", "test", "model", "allow_overlap", "verdict")
+        own = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if not field.name.startswith(held)
+        }
+        files = [*self.data.sources.values(), self.data.target, self.data.test]
+        own |= {"order": self.names, "model": model_module.identity(self.model)}
+        return own | {f"file of {source.name}": source.identity for source in files}
+
     def prepare(self) -> list[str]:
-        """Read, check and tokenize everything; returns what was found, in lines for the user."""
+        """Tokenize everything; returns what was found, in lines for the user."""
         faults = []
-        for name in ("batch", "target_batch", "max_length", "layers", "width"):
-            if getattr(self, name) < 1:
-                faults.append(f"problem.{name} must be at least 1, got {getattr(self, name)}.")
-        if faults:
-            raise InputError(faults)
         lines = list(self.data.notes)
-        per_source = self.batch // max(1, len(self.data.sources))
-        if per_source < 1:
-            raise InputError(
-                f"problem.batch must be at least the number of sources, {len(self.names)}, "
-                f"got {self.batch}."
-            )
+        per_source = self.batch // len(self.names)
         for rows in [*self.rows, self.target_rows, self.test_rows]:
             need = per_source if rows in self.rows else min(self.target_batch, 2)
             if len(rows) < need:

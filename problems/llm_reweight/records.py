@@ -52,6 +52,11 @@ class Source:
     size: int
     """Bytes in the file."""
 
+    @property
+    def identity(self) -> str:
+        """What tells the file's content from any other's, wherever the file lies."""
+        return f"{Path(self.path).name}, {self.size:,} bytes, sha256 {self.sha256[:16]}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
