@@ -8,10 +8,10 @@ import pytest
 CORE = Path(__file__).parent.parent / "bilevel"
 ORDER = [
     ["errors", "tree", "result", "fields"],
-    ["votes"],
+    ["votes", "linear"],
     ["variable"],
     ["problem", "launch", "memory"],
-    ["solver", "checkpoint", "plugins"],
+    ["oracle", "solver", "checkpoint", "plugins"],
     ["solve"],
     ["__init__"],
     ["options"],
