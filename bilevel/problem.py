@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -90,6 +90,22 @@ class Problem(ABC):
         """The streams of batches for `upper` and `lower`; by default one batch, None, for ever."""
         return Always(), Always()
 
+    def whole(self) -> tuple[Any, Any]:
+        """The batches of all data for `upper` and `lower`, for honest evaluations.
+
+        By default the first batches of the streams, which is right where these never change.
+        """
+        upper, lower = self.batches(torch.Generator().manual_seed(0))
+        return next(upper), next(lower)
+
+    def pieces(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Batches whose mean losses are those of `whole`, for methods that visit finite sums.
+
+        By default one piece each, the whole.
+        """
+        upper, lower = self.whole()
+        return (upper,), (lower,)
+
     def split(self, batch: Any) -> Sequence[Any]:
         """The micro-batches of a batch, whose losses add up to the loss of the batch."""
         return (batch,)
@@ -157,7 +173,8 @@ class Functions(Problem):
     ) -> None:
         self._upper, self._lower = upper, lower
         self._start = (x0, y0)
-        self._project_upper, self._project_lower = project_upper, project_lower
+        given = {"project_upper": project_upper, "project_lower": project_lower}
+        vars(self).update({name: own for name, own in given.items() if own is not None})
 
     def init(self, generator: torch.Generator) -> tuple[Value, Value]:
         return clone(self._start[0]), clone(self._start[1])
@@ -168,8 +185,13 @@ class Functions(Problem):
     def lower(self, x: Value, y: Value, batch: Any) -> Tensor:
         return self._lower(x, y)
 
-    def project_upper(self, x: Value) -> Value:
-        return x if self._project_upper is None else self._project_upper(x)
 
-    def project_lower(self, y: Value) -> Value:
-        return y if self._project_lower is None else self._project_lower(y)
+def constrained(problem: Problem, level: Literal["upper", "lower"]) -> bool:
+    """Whether a problem has a feasible set of its own for x ("upper") or y ("lower").
+
+    >>> one = torch.ones(())
+    >>> constrained(Functions(lambda x, y: y, lambda x, y: y * y, one, one), "lower")
+    False
+    """
+    own = getattr(problem, f"project_{level}")
+    return getattr(own, "__func__", own) is not getattr(Problem, f"project_{level}")

@@ -30,7 +30,9 @@ class Result:
     """The answer of a solve, with what it cost and how it got there.
 
     `nit` counts upper steps, `counts` oracle calls by name, `history` one dict a step.
-    `upper` and `lower` are the losses at the last step's own batch and iterate.
+    `upper` and `lower` are the losses at the last step's own batch and iterate. `evidence` are the
+    solver's last numbers (see `bilevel.evidence`), `warnings` what in them is too large for the
+    answer to mean much, with remedies.
     """
 
     x: Value
@@ -42,6 +44,8 @@ class Result:
     lower: float
     counts: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    evidence: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def success(self) -> bool:
@@ -59,6 +63,10 @@ class Result:
             f"        x: {_short(self.x)}",
             f"        y: {_short(self.y)}",
         ]
+        if self.evidence:
+            numbers = ", ".join(f"{k} {v:.3g}" for k, v in self.evidence.items())
+            lines.insert(7, f" evidence: {numbers}")
+        lines += [f"  warning: {words}" for words in self.warnings]
         return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import checkpoint
+from bilevel import checkpoint, evidence
 from bilevel.errors import InputError, NonFiniteError
 from bilevel.launch import Launcher, Single
 from bilevel.memory import Full, Memory
@@ -121,6 +121,8 @@ def solve(
         lower=state.lower,
         counts=dict(state.counts),
         history=history,
+        evidence=dict(state.numbers),
+        warnings=evidence.warnings(history),
     )
 
 
@@ -146,6 +148,11 @@ def start(
     """
     solver = _solver(solver)
     faults = [*problem.check(), *solver.check(problem)]
+    if solver.order > 1 and not isinstance(memory or Full(), Full):
+        faults.append(
+            f"{type(solver).__name__} takes second derivatives of all of y; use memory=full, or a "
+            "first-order solver such as penalty."
+        )
     if faults:
         raise InputError(faults)
     generator = torch.Generator().manual_seed(seed)
@@ -229,7 +236,7 @@ def _record(problem: Problem, state: State) -> dict[str, Any]:
         "step": state.step,
         "upper": state.upper,
         "lower": state.lower,
-        "penalty": state.numbers.get("penalty"),
+        **state.numbers,
         **values,
     }
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bilevel.errors import NonFiniteError
+from bilevel.errors import InputError, NonFiniteError
 from bilevel.launch import Launcher
 from bilevel.memory import Memory
 from bilevel.problem import Problem, Stream
 from bilevel.result import Status
-from bilevel.variable import Variable
+from bilevel.variable import Variable, optimizer_by_name
 
 
 @dataclass(kw_only=True)
@@ -23,7 +24,8 @@ class State:
     """What every solver's state holds; all of it is saved, and restored bit for bit.
 
     `variables` has "x" and "y" (the answer) and whatever twins the solver keeps. `numbers` are the
-    solver's own scalars, such as the penalty. `counts` are oracle calls.
+    solver's own scalars, such as the penalty, and the evidence that a result shows (see
+    `bilevel.evidence`). `counts` are oracle calls. `vectors` are tensors that no optimizer moves.
     """
 
     variables: dict[str, Variable]
@@ -35,6 +37,7 @@ class State:
     lower: float = float("nan")
     numbers: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    vectors: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -46,6 +49,7 @@ class State:
             "lower": self.lower,
             "numbers": dict(self.numbers),
             "counts": dict(self.counts),
+            "vectors": {k: [t.detach() for t in v] for k, v in self.vectors.items()},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -58,6 +62,7 @@ class State:
         self.upper, self.lower = saved["upper"], saved["lower"]
         self.numbers = dict(saved["numbers"])
         self.counts = dict(saved["counts"])
+        self.vectors = {k: list(v) for k, v in saved["vectors"].items()}
 
 
 class Solver(ABC):
@@ -83,6 +88,45 @@ class Solver(ABC):
     def check(self, problem: Problem) -> list[str]:
         """Every reason why this solver cannot be used on this problem, as sentences."""
         return []
+
+
+RANGES: dict[str, Callable[[Any], bool]] = {
+    "positive": lambda value: value > 0,
+    "non-negative": lambda value: value >= 0,
+    "at least 1": lambda value: value >= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
+}
+
+
+def require(solver: Solver, **ranges: str) -> None:
+    """Check fields against ranges by name, and the optimizers in the upper and lower slots.
+
+    Args:
+        solver: A dataclass; `upper_optimizer` with `upper_lr` and the same of `lower` are checked
+            wherever there are such fields.
+        ranges: For each field one key of `RANGES`.
+
+    Raises:
+        InputError: With every fault.
+    """
+    faults = [
+        f"solver.{name} must be {words}, got {getattr(solver, name)}."
+        for name, words in ranges.items()
+        if not RANGES[words](getattr(solver, name))
+    ]
+    own = {f.name for f in fields(solver)} if is_dataclass(solver) else set()
+    for slot in ("upper", "lower"):
+        if f"{slot}_optimizer" in own:
+            try:
+                optimizer_by_name(
+                    getattr(solver, f"{slot}_optimizer"), getattr(solver, f"{slot}_lr")
+                )
+            except InputError as error:
+                faults.extend(error.faults)
+    if faults:
+        raise InputError(faults)
 
 
 def finite_loss(

@@ -43,6 +43,23 @@ def map_leaves(function: Callable[[Tensor], Tensor], value: Value) -> Value:
     return pytree.tree_map(function, value)
 
 
+def with_leaves(
+    function: Callable[..., Tensor], value: Value, tensors: list[Tensor], *rest: Any
+) -> Any:
+    """function(value, *rest) with the leaves of `value` replaced by `tensors`, differentiably.
+
+    >>> one = torch.ones(2)
+    >>> with_leaves(lambda v: v["a"].sum(), {"a": one}, [3 * one])
+    tensor(6.)
+    """
+    if isinstance(value, nn.Module):
+        names = [f"value.{name}" for name in named_leaves(value)]
+        given = dict(zip(names, tensors, strict=True))
+        return torch.func.functional_call(_Call(function, value), given, rest)
+    _, shape = pytree.tree_flatten(value)
+    return function(pytree.tree_unflatten(tensors, shape), *rest)
+
+
 def clone(value: Value) -> Value:
     """An independent copy of a value; for a tree, detached leaves that require gradients."""
     if isinstance(value, nn.Module):
@@ -63,6 +80,17 @@ def dot(a: Value, b: Value) -> Tensor:
     """
     pairs = zip(leaves(a), leaves(b), strict=True)
     return torch.stack([(_wide(p) * _wide(q)).sum() for p, q in pairs]).sum()
+
+
+class _Call(nn.Module):
+    """A function of a module, as a module that `torch.func.functional_call` can substitute in."""
+
+    def __init__(self, function: Callable[..., Any], value: nn.Module) -> None:
+        super().__init__()
+        self.function, self.value = function, value
+
+    def forward(self, *rest: Any) -> Any:
+        return self.function(self.value, *rest)
 
 
 def _wide(t: Tensor) -> Tensor:

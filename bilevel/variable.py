@@ -60,6 +60,17 @@ class Variable:
         for leaf in self._leaves:
             leaf.grad = None
 
+    def gather(self, gradient: list[Tensor]) -> None:
+        """Add a gradient that was computed elsewhere, one tensor for each leaf."""
+        for leaf, g in zip(self._leaves, gradient, strict=True):
+            leaf.grad = g.to(leaf).clone() if leaf.grad is None else leaf.grad + g
+
+    def assign(self, tensors: list[Tensor]) -> None:
+        """Overwrite the leaves; the optimizer's state stays as it is."""
+        with torch.no_grad():
+            for leaf, t in zip(self._leaves, tensors, strict=True):
+                leaf.copy_(t)
+
     def gradient(self) -> list[Tensor]:
         """The gathered gradient, a zero tensor where nothing was gathered."""
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._leaves]

@@ -7,11 +7,12 @@ import pytest
 
 CORE = Path(__file__).parent.parent / "bilevel"
 ORDER = [
-    ["errors", "tree", "result", "fields"],
+    ["errors", "tree", "result", "fields", "evidence"],
     ["votes", "linear"],
     ["variable"],
     ["problem", "launch", "memory"],
     ["oracle", "solver", "checkpoint", "plugins"],
+    ["descent"],
     ["solve"],
     ["__init__"],
     ["options"],

@@ -1,0 +1,124 @@
+"""Steps that solver families share: begin with variables, descend on the lower loss, move x."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import NonFiniteError
+from bilevel.launch import Launcher
+from bilevel.memory import Memory
+from bilevel.oracle import Vector
+from bilevel.problem import Problem
+from bilevel.solver import State, finite_loss
+from bilevel.tree import leaves
+from bilevel.variable import OptimizerFactory, Variable
+
+COUNTS = ("upper_grad", "lower_grad", "hvp", "cross")
+"""Oracle calls that every solver counts: gradients of f and of g, products H v and J'v."""
+
+
+def begin(
+    problem: Problem,
+    memory: Memory,
+    launcher: Launcher,
+    generator: torch.Generator,
+    *,
+    upper: OptimizerFactory,
+    lower: OptimizerFactory,
+    twins: Sequence[str] = (),
+) -> State:
+    """A state with variables x and y, twins of y by name, streams, memory, and counts at zero."""
+    x0, y0 = problem.init(generator)
+    x = launcher.variable("x", x0, upper, problem.project_upper)
+    y = launcher.variable("y", y0, lower, problem.project_lower)
+    copies = {name: launcher.twin(y, name, lower) for name in twins}
+    streams = problem.batches(generator)
+    return State(
+        variables={"x": x, "y": y, **copies},
+        streams={"upper": streams[0], "lower": streams[1]},
+        memory=memory.init(y.value, generator),
+        counts=dict.fromkeys(COUNTS, 0),
+    )
+
+
+def descend(problem: Problem, launcher: Launcher, state: State, *, steps: int) -> None:
+    """`steps` steps of y's optimizer on g, each on the stream's next batch; x stays.
+
+    Sets `state.lower` and `numbers["lower_gradient"]`, |grad_y g| before the last step.
+    """
+    x, y = state.variables["x"], state.variables["y"]
+    for _ in range(steps):
+        batch = next(state.streams["lower"])
+        total = 0.0
+        with x.frozen():
+            for part in problem.split(batch):
+                loss = problem.lower(x.value, y.value, part)
+                launcher.backward(loss)
+                total += finite_loss("lower", loss, problem, x, y, part)
+        state.counts["lower_grad"] += 1
+        state.lower = total
+        state.numbers["lower_gradient"] = finite_norm(problem, x, y, batch)
+        launcher.step([y])
+
+
+def move_upper(launcher: Launcher, state: State, gradient: Vector) -> None:
+    """One step of x's optimizer along `gradient`; sets `numbers["change"]`.
+
+    Raises:
+        NonFiniteError: If the gradient is not finite; x has not moved then.
+    """
+    x = state.variables["x"]
+    x.clear()
+    x.gather(gradient)
+    step_with_upper(launcher, state, [])
+
+
+def step_with_upper(launcher: Launcher, state: State, others: Sequence[Variable]) -> None:
+    """Step `others` and x together along what they have gathered; sets `numbers["change"]`.
+
+    Raises:
+        NonFiniteError: If what x gathered is not finite; nothing has moved then.
+    """
+    x = state.variables["x"]
+    if not all(bool(g.isfinite().all()) for g in x.gradient()):
+        raise NonFiniteError("the gradient of x is not finite")
+    before = [p.detach().clone() for p in leaves(x.value)]
+    launcher.step([*others, x])
+    moves = ((p.detach() - b).abs().amax() for p, b in zip(leaves(x.value), before, strict=True))
+    state.numbers["change"] = max(map(float, moves))
+
+
+def finite_norm(problem: Problem, x: Variable, copy: Variable, *batches: object) -> float:
+    """The norm of what a copy of y has gathered.
+
+    Raises:
+        NonFiniteError: If it is not finite, with the problem's words about the batches.
+    """
+    gathered = [p.grad for p in leaves(copy.value) if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gathered))
+    if not math.isfinite(norm):
+        words = [problem.explain(x.value, copy.value, batch) for batch in batches]
+        raise NonFiniteError(
+            "; ".join(filter(None, [f"the gradient of {copy.name} has norm {norm}", *words]))
+        )
+    return norm
+
+
+def set_lr(variable: Variable, lr: float) -> None:
+    """Give every parameter group of a variable's optimizer the step size `lr`."""
+    for group in variable.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def zeros(like: Sequence[Tensor]) -> Vector:
+    """The zero vector of a shape."""
+    return [torch.zeros_like(p, requires_grad=False) for p in like]
+
+
+def plus(a: Vector, b: Vector, factor: float = 1.0) -> Vector:
+    """a + factor b."""
+    return [torch.add(p, q, alpha=factor) for p, q in zip(a, b, strict=True)]

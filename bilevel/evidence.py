@@ -1,0 +1,64 @@
+"""What a run's own numbers say about whether its answer can be believed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+RESIDUAL = 0.1  # relative; the error of a hypergradient is about as large
+SHARE = 0.1  # of the largest upper loss seen
+
+NUMBERS = {
+    "change": "largest change of an entry of x in the last step",
+    "lower_gradient": "|grad_y g| where the hypergradient was taken",
+    "lower_error": "|<v, grad_y g>|, the first-order estimate of f(x, y) - f(x, y*(x))",
+    "linear_residual": "|H v - grad_y f| / |grad_y f|",
+    "curvature": "1 if the linear solver met a direction of non-positive curvature, else 0",
+    "penalty": "the penalty, 1/nu",
+    "penalty_gap": "penalty (g(x, y) - g(x, z)), about nu |grad_y f|^2 / 2 in the metric of H",
+}
+"""What a solver may put into `State.numbers`, and what each means."""
+
+
+def warnings(history: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences on what is too large for the answer to mean much, each with its remedy.
+
+    Args:
+        history: The records of a run, which hold the solver's numbers.
+
+    >>> warnings([{"step": 1, "upper": 1.0, "change": 0.0}])[0][:14]
+    'x never moved:'
+    """
+    if not history:
+        return []
+    last, found = history[-1], []
+    changes = [row["change"] for row in history if "change" in row]
+    if changes and not any(changes):
+        found.append(
+            "x never moved: its gradient was zero at every step. Check that a loss depends on x, "
+            "raise upper_lr, or choose a method that sees x through the lower level."
+        )
+    if last.get("linear_residual", 0.0) > RESIDUAL:
+        found.append(
+            f"the linear system was solved only to a relative residual of "
+            f"{last['linear_residual']:.2g}; raise linear_steps, or add damping."
+        )
+    if last.get("curvature"):
+        found.append(
+            "the lower loss is not strongly convex at y, so v = H^-1 grad_y f is not unique; add "
+            "damping, or use a penalty solver."
+        )
+    scale = max(abs(row.get("upper", 0.0)) for row in history)
+    error = last.get("lower_error", 0.0)
+    if error > SHARE * scale:
+        found.append(
+            f"the lower level is not solved: the upper loss is off by about {error:.2g}; raise "
+            "inner_steps or lower_lr."
+        )
+    gap = abs(last.get("penalty_gap", 0.0))
+    if gap > SHARE * scale:
+        found.append(
+            f"the penalized value is off by about {gap:.2g}; raise the penalty, its growth or "
+            "inner_steps."
+        )
+    return found
