@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +62,9 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # broken files raise whatever their parsers raise
         raise InputError(_not_loaded(name, error)) from None
     if not tokenizer("hello world", add_special_tokens=False)["input_ids"]:
         raise InputError(f"the tokenizer of {name} encodes text to no tokens; fix its files.")
@@ -68,20 +72,27 @@ def load_tokenizer(name: str) -> Any:
 
 
 def check_folder(name: str) -> list[str]:
-    """What keeps a local folder from being loaded, told from its file names."""
+    """What keeps a local folder from being loaded, told without reading its weights."""
     folder = Path(name)
-    if not folder.is_dir():
-        return []
-    present = {path.name for path in folder.iterdir()}
-    faults = []
-    if "config.json" not in present:
-        faults.append(f"problem.model={name} has no config.json; give the folder of a saved model.")
-    if not any(file.endswith(".safetensors") for file in present):
-        pickled = sorted(file for file in present if file.endswith((".bin", ".pt", ".pth")))
+    if not name or not folder.is_dir():
+        return _check_hub_name(name)
+    try:
+        present = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return [f"problem.model={name} cannot be read: {error.strerror}; check its permissions."]
+    weights = [file for file in present if file.endswith(".safetensors")]
+    faults = _check_config(folder) + [f for file in weights for f in _check_weights(folder / file)]
+    if not weights:
+        pickled = [file for file in present if file.endswith((".bin", ".pt", ".pth"))]
         found = f" ({pickled[0]} is a pickle, which can run code: not read)" if pickled else ""
         faults.append(
             f"problem.model={name} has no *.safetensors{found}; save it again with "
-            "save_pretrained(folder, safe_serialization=True)."
+            "model.save_pretrained(folder)."
+        )
+    if not any(file.startswith(("tokenizer", "vocab")) for file in present):
+        faults.append(
+            f"problem.model={name} has no tokenizer files; add them with "
+            "tokenizer.save_pretrained(folder)."
         )
     return faults
 
@@ -101,25 +112,48 @@ def identity(name: str) -> str:
     return f"files of sha256 {digest[:16]}"
 
 
-def load_model(name: str) -> nn.Module:
+def load_model(name: str, *, length: int = 1, vocabulary: int = 1) -> nn.Module:
     """The causal language model of a local folder or hub name, dropout off, in float32.
 
+    Args:
+        name: A folder or a hub name; no code from it is run.
+        length: Tokens that a row may have.
+        vocabulary: Entries of the tokenizer.
+
     Raises:
-        InputError: If it cannot be loaded.
+        InputError: If it cannot be loaded whole, or does not suit such rows.
     """
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-        )
-    except (OSError, ValueError) as error:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # told below, with the names
+                output_loading_info=True,
+            )
+    except Exception as error:  # broken files raise whatever their parsers raise
         raise InputError(_not_loaded(name, error)) from None
+    model, found = loaded
     model.config.use_cache = False
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # both copies must see the same network
-    return model.eval()
+    model.eval()
+    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    faults = [f"problem.model={name} {fault}" for fault in _unfit(model, length, vocabulary)]
+    if missing:
+        faults.append(
+            f"problem.model={name} lacks {len(missing)} of the weights of {type(model).__name__} "
+            f"or has them in another shape, such as {missing[0]}; give a folder that was saved "
+            "whole from such a model."
+        )
+    if faults:
+        raise InputError(faults)
+    return model
 
 
 def example_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -135,10 +169,81 @@ def example_losses(model: nn.Module, batch: Batch) -> Tensor:
     return losses.sum(1) / trained[:, 1:].sum(1)
 
 
+def _check_hub_name(name: str) -> list[str]:
+    """A hub name is NAME or OWNER/NAME; anything else can only have meant a folder."""
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) and not Path(name).exists():
+        return []
+    found = "a file" if Path(name).is_file() else "no such folder"
+    return [f"problem.model={name}: found {found}, expected 'tiny', a folder or a hub name."]
+
+
+def _check_config(folder: Path) -> list[str]:
+    remedy = "give the folder of a model saved with save_pretrained."
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [f"problem.model={folder} has no config.json; {remedy}"]
+    except (OSError, ValueError, RecursionError) as error:
+        return [f"{folder / 'config.json'} cannot be read ({error}); {remedy}"]
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        return [f"{folder / 'config.json'} names no model_type; {remedy}"]
+    return []
+
+
+def _check_weights(file: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            return []
+    except (OSError, SafetensorError) as error:
+        return [f"{file} is damaged ({error}); copy or save the model again."]
+
+
+@torch.no_grad()
+def _unfit(model: Any, length: int, vocabulary: int) -> list[str]:
+    """What of a loaded model does not go with rows of `length` tokens from `vocabulary` entries."""
+    faults = []
+    entries = model.get_input_embeddings().weight.shape[0]
+    if vocabulary > entries:
+        faults.append(
+            f"has {entries} embeddings, but its tokenizer has {vocabulary} entries; use the "
+            "tokenizer of this model."
+        )
+    positions = getattr(model.config, "max_position_embeddings", None) or length
+    if length > positions:
+        faults.append(
+            f"takes at most {positions} tokens; lower problem.max_length={length} to that."
+        )
+    pair = torch.tensor([[0, 0], [0, entries - 1]])
+    first = model(input_ids=pair).logits[:, 0].float()
+    if not torch.allclose(first[0], first[1], atol=1e-4, rtol=1e-4):
+        faults.append("lets a token see the next one; expected a causal (decoder) model.")
+    return faults
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the block transformers draws no bars and says no more than errors."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _not_loaded(name: str, error: Exception) -> str:
     where = "a folder" if Path(name).is_dir() else "no folder of that name exists here"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    if "trust_remote_code" in reason:
+        reason = "it needs code of its own, which is never run"
     return (
-        f"problem.model={name} cannot be loaded ({where}: {reason}); expected 'tiny', a folder "
-        "with config.json, tokenizer files and *.safetensors, or a hub name."
+        f"problem.model={name} cannot be loaded ({where}: {reason[:300]}); expected 'tiny', a "
+        "folder with config.json, tokenizer files and *.safetensors, or a hub name."
     )

@@ -159,7 +159,8 @@ class LLMReweight(Problem):
         if self.model == "tiny":
             size = len(self.tokenizer)
             return model_module.tiny_model(size, layers=self.layers, width=self.width, seed=seed)
-        return model_module.load_model(self.model)
+        size = len(self.tokenizer)
+        return model_module.load_model(self.model, length=self.max_length, vocabulary=size)
 
     def batches(self, generator: torch.Generator) -> tuple[Stream, Stream]:
         seed = int(torch.randint(2**31, (), generator=generator)) ^ self.data_seed
