@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import gc
 import hashlib
 import inspect
 import random
@@ -11,6 +12,7 @@ import re
 import sysconfig
 import textwrap
 import unicodedata
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +53,7 @@ def corpus(
     for name, texts in modules.items():
         part = _part(name)
         for text in texts:
-            try:
-                tree = ast.parse(text)
-            except (SyntaxError, ValueError):
+            if (tree := _parse(text)) is None:
                 continue
             docs[part] += [d for d in _docstrings(tree) if not (d in seen or seen.add(d))]
             if part == "train" and sum(map(len, code)) < source_bytes:
@@ -112,12 +112,14 @@ def halves(paragraphs: Sequence[str], n: int = 2) -> tuple[tuple[str, ...], ...]
 
 def _modules(folder: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).parts
-        if SKIPPED & set(parts) or any(p.startswith("_") for p in parts[:1]):
-            continue
-        name = parts[0].removesuffix(".py")
-        found.setdefault(name, []).append(path.read_text(encoding="utf-8", errors="replace"))
+    for top in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if top.name.startswith("_") or top.name in SKIPPED:
+            continue  # not to be walked at all: site-packages holds more files than the library
+        name = top.name.removesuffix(".py")
+        for path in sorted(top.rglob("*.py")) if top.is_dir() else [top]:
+            if path.suffix == ".py" and not SKIPPED & set(path.relative_to(folder).parts):
+                text = path.read_text(encoding="utf-8", errors="replace")
+                found.setdefault(name, []).append(text)
     return found
 
 
@@ -126,9 +128,30 @@ def _part(name: str) -> str:
     return "target" if bucket < 3 else "test" if bucket < 6 else "train"
 
 
+def _parse(text: str) -> ast.AST | None:
+    collects = gc.isenabled()
+    gc.disable()  # it takes more than half of the time to build so many nodes, and frees nothing
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a library's own escapes in strings
+            return ast.parse(text)
+    except (SyntaxError, ValueError):
+        return None
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of `ast.walk` without expressions, which are most of them and hold no docstring."""
+    nodes = [tree]
+    for node in nodes:  # grows while it is walked
+        nodes += [c for c in ast.iter_child_nodes(node) if not isinstance(c, ast.expr)]
+        yield node
+
+
 def _docstrings(tree: ast.AST) -> Iterator[str]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         text = ast.get_docstring(node) if isinstance(node, kinds) else None
         if text and len(text) >= 200 and text.count(">>>") < 3:
             yield text
@@ -148,9 +171,10 @@ def _runtime_docstrings(name: str) -> Iterator[str]:
 
 def _without_docstrings(text: str, tree: ast.AST) -> str:
     lines = text.splitlines()
-    for node in ast.walk(tree):
-        constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if constant and isinstance(node.value.value, str):
+    for node in _statements(tree):
+        if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node.value.value, str):
             for line in range(node.lineno - 1, node.end_lineno or node.lineno):
                 lines[line] = ""
     return "\n".join(line for line in lines if line.strip())
