@@ -10,12 +10,22 @@ import shlex
 import textwrap
 import types
 import typing
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, Literal
 
 BOOLEANS: dict[str, bool] = {
     **{word: True for word in ("true", "yes", "on", "1")},
     **{word: False for word in ("false", "no", "off", "0")},
+}
+
+RANGES: dict[str, Callable[[Any], bool]] = {
+    "positive": lambda value: value > 0,
+    "non-negative": lambda value: value >= 0,
+    "at least 1": lambda value: value >= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
 }
 
 
@@ -104,6 +114,25 @@ def documentation(kind: type) -> dict[str, str]:
                 ):
                     found[name] = " ".join(text.split())
     return found
+
+
+def out_of_range(kind: str, options: object, **ranges: str) -> list[str]:
+    """A sentence for each field that is not in its range.
+
+    Args:
+        kind: "problem" or "solver", as on the command line.
+        options: The dataclass.
+        ranges: For each field one key of `RANGES`.
+
+    >>> from types import SimpleNamespace
+    >>> out_of_range("problem", SimpleNamespace(rows=0), rows="at least 1")
+    ['problem.rows must be at least 1, got 0.']
+    """
+    return [
+        f"{kind}.{name} must be {words}, got {getattr(options, name)}."
+        for name, words in ranges.items()
+        if not RANGES[words](getattr(options, name))
+    ]
 
 
 def _pick(choices: dict[str, Any], value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import InputError, NonFiniteError
+from bilevel.fields import out_of_range
 from bilevel.launch import Launcher
 from bilevel.memory import Memory
 from bilevel.problem import Problem, Stream
@@ -90,32 +90,18 @@ class Solver(ABC):
         return []
 
 
-RANGES: dict[str, Callable[[Any], bool]] = {
-    "positive": lambda value: value > 0,
-    "non-negative": lambda value: value >= 0,
-    "at least 1": lambda value: value >= 1,
-    "in [0, 1)": lambda value: 0 <= value < 1,
-    "in (0, 1]": lambda value: 0 < value <= 1,
-    "in (0, 1)": lambda value: 0 < value < 1,
-}
-
-
 def require(solver: Solver, **ranges: str) -> None:
     """Check fields against ranges by name, and the optimizers in the upper and lower slots.
 
     Args:
         solver: A dataclass; `upper_optimizer` with `upper_lr` and the same of `lower` are checked
             wherever there are such fields.
-        ranges: For each field one key of `RANGES`.
+        ranges: For each field one key of `fields.RANGES`.
 
     Raises:
         InputError: With every fault.
     """
-    faults = [
-        f"solver.{name} must be {words}, got {getattr(solver, name)}."
-        for name, words in ranges.items()
-        if not RANGES[words](getattr(solver, name))
-    ]
+    faults = out_of_range("solver", solver, **ranges)
     own = {f.name for f in fields(solver)} if is_dataclass(solver) else set()
     for slot in ("upper", "lower"):
         if f"{slot}_optimizer" in own:

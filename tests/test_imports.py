@@ -7,12 +7,14 @@ import pytest
 
 CORE = Path(__file__).parent.parent / "bilevel"
 ORDER = [
-    ["errors", "tree", "result", "fields", "evidence"],
-    ["votes", "linear"],
+    ["errors", "tree", "result", "fields", "evidence", "datasets", "picture"],
+    ["votes", "linear", "projection"],
     ["variable"],
     ["problem", "launch", "memory"],
     ["oracle", "solver", "checkpoint", "plugins"],
-    ["descent"],
+    ["descent", "check", "resolve"],
+    ["hypergradient"],
+    ["compare"],
     ["solve"],
     ["__init__"],
     ["options"],
