@@ -10,11 +10,13 @@ from torch import Tensor
 
 from bilevel.errors import NonFiniteError
 from bilevel.launch import Launcher
+from bilevel.linear import LinearSolver, LinearStatus, Matvec
+from bilevel.linear import norm as size
 from bilevel.memory import Memory
-from bilevel.oracle import Vector
+from bilevel.oracle import Curvature, Gradients, Vector
 from bilevel.problem import Problem
 from bilevel.solver import State, finite_loss
-from bilevel.tree import leaves
+from bilevel.tree import dot, leaves
 from bilevel.variable import OptimizerFactory, Variable
 
 COUNTS = ("upper_grad", "lower_grad", "hvp", "cross")
@@ -63,6 +65,39 @@ def descend(problem: Problem, launcher: Launcher, state: State, *, steps: int) -
         state.lower = total
         state.numbers["lower_gradient"] = finite_norm(problem, x, y, batch)
         launcher.step([y])
+
+
+def implicit_gradient(
+    state: State,
+    upper: Gradients,
+    bend: Curvature,
+    linear: LinearSolver,
+    *,
+    start: Vector | None = None,
+    hvp: Matvec | None = None,
+) -> Vector:
+    """grad_x f - J'v with v ~ H^{-1} grad_y f; sets the losses, `vectors["v"]` and evidence.
+
+    Args:
+        state: Whose numbers are set.
+        upper: The derivatives of f at (x, y).
+        bend: H and J at (x, y).
+        linear: Solves H v = grad_y f.
+        start: First guess of v.
+        hvp: v -> H v in place of `bend.hvp`.
+    """
+    result = linear.solve(hvp or bend.hvp, upper.y, start)
+    v = result.solution
+    state.vectors["v"] = v
+    state.upper, state.lower = upper.value, bend.value
+    state.numbers |= {
+        "lower_gradient": size(bend.gradient),
+        "lower_error": abs(float(dot(v, bend.gradient))),
+        "curvature": float(result.status is LinearStatus.CURVATURE),
+    }
+    if result.residual == result.residual:  # not measured by every solver
+        state.numbers["linear_residual"] = result.residual / max(size(upper.y), 1e-300)
+    return plus(upper.x, bend.cross(v), -1.0)
 
 
 def move_upper(launcher: Launcher, state: State, gradient: Vector) -> None:

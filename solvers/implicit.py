@@ -8,24 +8,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from bilevel.descent import begin, descend, move_upper, plus
+from bilevel.descent import begin, descend, implicit_gradient, move_upper
 from bilevel.launch import Launcher
 from bilevel.linear import (
     CG,
     MINRES,
     Identity,
     LinearSolver,
-    LinearStatus,
     Neumann,
     Nystrom,
-    norm,
 )
 from bilevel.memory import Memory
 from bilevel.oracle import Curvature, Oracle
 from bilevel.problem import Problem, constrained
 from bilevel.result import Status
 from bilevel.solver import Solver, State, require
-from bilevel.tree import dot
 from bilevel.variable import optimizer_by_name
 
 LINEAR: dict[str, Callable[[AID], LinearSolver]] = {
@@ -121,18 +118,7 @@ class AID(Solver):
         upper = oracle.upper(x.value, y.value, upper_batch)
         bend = self._curvature(oracle, x.value, y.value, lower_batch)
         start = state.vectors.get("v") if self.warm else None
-        result = self._linear().solve(bend.hvp, upper.y, start)
-        v = result.solution
-        state.vectors["v"] = v
-        state.upper, state.lower = upper.value, bend.value
-        state.numbers |= {
-            "lower_gradient": norm(bend.gradient),
-            "lower_error": abs(float(dot(v, bend.gradient))),
-            "curvature": float(result.status is LinearStatus.CURVATURE),
-        }
-        if result.residual == result.residual:  # not measured by every solver
-            state.numbers["linear_residual"] = result.residual / max(norm(upper.y), 1e-300)
-        return plus(upper.x, bend.cross(v), -1.0)
+        return implicit_gradient(state, upper, bend, self._linear(), start=start)
 
     def _linear(self) -> LinearSolver:
         return LINEAR[self.linear](self) if isinstance(self.linear, str) else self.linear
