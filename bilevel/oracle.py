@@ -32,7 +32,8 @@ class Oracle:
     """The derivatives of one problem; every call adds to `counts`.
 
     `counts` has `upper_grad` and `lower_grad` (gradients, whichever arguments they are taken for),
-    `hvp` (products H v with H = d2g/dy2) and `cross` (products J'v with J = d2g/dydx).
+    `hvp` (products H v with H = d2g/dy2) and `cross` (products J'v or J u with J = d2g/dydx), and
+    for the same of the upper loss `upper_hvp` and `upper_cross`.
 
     Args:
         problem: Whose losses are differentiated.
@@ -67,7 +68,13 @@ class Oracle:
         Building the graph counts as one `lower_grad`. A product costs 1.6 to 2 gradients.
         """
         self._count("lower_grad")
-        return _GraphCurvature(self, x, y, batch)
+        return _GraphCurvature(self, x, y, batch, self.problem.lower, ("hvp", "cross"))
+
+    def upper_curvature(self, x: Value, y: Value, batch: Any) -> Curvature:
+        """The same of f: d2f/dy2 and d2f/dydx. Building the graph counts as one `upper_grad`."""
+        self._count("upper_grad")
+        names = ("upper_hvp", "upper_cross")
+        return _GraphCurvature(self, x, y, batch, self.problem.upper, names)
 
     def finite_curvature(
         self, x: Value, y: Value, batch: Any, *, spacing: float = 0.0
@@ -107,35 +114,59 @@ class Curvature(ABC):
         """J'v = grad_x <grad_y g, v>, shaped as x."""
 
     @abstractmethod
+    def push(self, u: Vector) -> Vector:
+        """J u, shaped as y, for u shaped as x; counted as one `cross`."""
+
+    @abstractmethod
     def both(self, v: Vector) -> tuple[Vector, Vector]:
         """H v and J'v for the price of one; counted as one of each."""
 
 
 class _GraphCurvature(Curvature):
-    def __init__(self, oracle: Oracle, x: Value, y: Value, batch: Any) -> None:
-        self._oracle = oracle
+    def __init__(
+        self, oracle: Oracle, x: Value, y: Value, batch: Any, loss: Any, names: tuple[str, str]
+    ) -> None:
+        self._oracle, self._names = oracle, names
         self._x, self._y = leaves(x), leaves(y)
         problem = oracle.problem
         # The fused attention kernels have no second derivative (torch 2.13).
         with torch.enable_grad(), _tracked([*self._x, *self._y]), sdpa_kernel(SDPBackend.MATH):
-            losses = [problem.lower(x, y, part) for part in problem.split(batch)]
-            loss = torch.stack([part.reshape(()) for part in losses]).sum()
-            found = torch.autograd.grad(loss, self._y, create_graph=True, allow_unused=True)
+            losses = [loss(x, y, part) for part in problem.split(batch)]
+            whole = torch.stack([part.reshape(()) for part in losses]).sum()
+            found = torch.autograd.grad(whole, self._y, create_graph=True, allow_unused=True)
         self._graph = [(g, i) for i, g in enumerate(found) if g is not None and g.requires_grad]
-        self.value = float(loss.detach())
+        self.value = float(whole.detach())
         self.gradient = _filled(found, self._y)
 
     def hvp(self, v: Vector) -> Vector:
-        self._oracle._count("hvp")
+        self._oracle._count(self._names[0])
         return self._product(v, self._y)
 
     def cross(self, v: Vector) -> Vector:
-        self._oracle._count("cross")
+        self._oracle._count(self._names[1])
         return self._product(v, self._x)
 
+    def push(self, u: Vector) -> Vector:
+        # J'v is linear in v, so that its derivative along u does not depend on where v is.
+        self._oracle._count(self._names[1])
+        outputs = [g for g, _ in self._graph]
+        seeds = [torch.zeros_like(g, requires_grad=True) for g in outputs]
+        result = [torch.zeros_like(p, requires_grad=False) for p in self._y]
+        with torch.enable_grad(), _tracked(self._x):
+            pulled = outputs and torch.autograd.grad(
+                outputs, self._x, grad_outputs=seeds, create_graph=True, allow_unused=True
+            )
+        pairs = [(p, t) for p, t in zip(pulled, u, strict=False) if p is not None]
+        if pairs:
+            images, tangents = zip(*pairs, strict=True)
+            found = torch.autograd.grad(images, seeds, grad_outputs=tangents, allow_unused=True)
+            for (_, i), image in zip(self._graph, found, strict=True):
+                result[i] = result[i] if image is None else image.detach()
+        return result
+
     def both(self, v: Vector) -> tuple[Vector, Vector]:
-        self._oracle._count("hvp")
-        self._oracle._count("cross")
+        self._oracle._count(self._names[0])
+        self._oracle._count(self._names[1])
         found = self._product(v, [*self._y, *self._x])
         return found[: len(self._y)], found[len(self._y) :]
 
@@ -157,9 +188,8 @@ class _FiniteCurvature(Curvature):
         self._y = leaves(y)
         here = oracle.lower(x, y, batch)
         self.value, self.gradient = here.value, here.y
-        size = float(torch.stack([p.detach().double().norm() for p in self._y]).norm())
-        eps = max(torch.finfo(p.dtype).eps for p in self._y)
-        self._spacing = spacing or eps ** (1 / 3) * (1 + size)
+        self._spacing = spacing or _spacing(self._y)
+        self._spacing_x = spacing or _spacing(leaves(x))
 
     def hvp(self, v: Vector) -> Vector:
         return self._difference(v)[0]
@@ -167,28 +197,47 @@ class _FiniteCurvature(Curvature):
     def cross(self, v: Vector) -> Vector:
         return self._difference(v)[1]
 
+    def push(self, u: Vector) -> Vector:
+        (plus, minus), e = self._ends(leaves(self._point[0]), u, self._spacing_x)
+        return [(a - b) / (2 * e) for a, b in zip(plus.y, minus.y, strict=True)]
+
     def both(self, v: Vector) -> tuple[Vector, Vector]:
         return self._difference(v)
 
     def _difference(self, v: Vector) -> tuple[Vector, Vector]:
-        size = float(torch.stack([p.double().norm() for p in v]).norm())
-        here = [p.detach().clone() for p in self._y]
-        e = self._spacing / size if size > 0 else 1.0
+        (plus, minus), e = self._ends(self._y, v, self._spacing)
+        pairs = (zip(plus.y, minus.y, strict=True), zip(plus.x, minus.x, strict=True))
+        along_y, along_x = ([(a - b) / (2 * e) for a, b in pair] for pair in pairs)
+        return along_y, along_x
+
+    def _ends(
+        self, moved: Sequence[Tensor], along: Vector, spacing: float
+    ) -> tuple[list[Gradients], float]:
+        """The gradients at `moved` +- e `along`, |e along| = spacing, and e."""
+        size = _size(along)
+        here = [p.detach().clone() for p in moved]
+        e = spacing / size if size > 0 else 1.0
         found: list[Gradients] = []
         try:
             for sign in (1.0, -1.0):
                 with torch.no_grad():
-                    for p, start, direction in zip(self._y, here, v, strict=True):
+                    for p, start, direction in zip(moved, here, along, strict=True):
                         p.copy_(start + sign * e * direction)
                 found.append(self._oracle.lower(*self._point))
         finally:
             with torch.no_grad():
-                for p, start in zip(self._y, here, strict=True):
+                for p, start in zip(moved, here, strict=True):
                     p.copy_(start)
-        plus, minus = found
-        pairs = (zip(plus.y, minus.y, strict=True), zip(plus.x, minus.x, strict=True))
-        along_y, along_x = ([(a - b) / (2 * e) for a, b in pair] for pair in pairs)
-        return along_y, along_x
+        return found, e
+
+
+def _size(v: Sequence[Tensor]) -> float:
+    return float(torch.stack([p.detach().double().norm() for p in v]).norm())
+
+
+def _spacing(point: Sequence[Tensor]) -> float:
+    eps = max(torch.finfo(p.dtype).eps for p in point)
+    return eps ** (1 / 3) * (1 + _size(point))
 
 
 def _gradients(problem: Problem, loss: Any, x: Value, y: Value, batch: Any) -> Gradients:

@@ -52,12 +52,25 @@ def test_products_of_the_quadratic(problem):
         for h, j in ((bend.hvp([v]), bend.cross([v])), bend.both([v])):
             assert (h[0] - hvp).norm() <= tolerance * (1 + hvp.norm())
             assert (j[0] - cross).norm() <= tolerance * (1 + cross.norm())
+        pushed = bend.push([x.clone()])[0]
+        assert (pushed + d["B"] @ x).norm() <= tolerance * (1 + pushed.norm())
         assert torch.allclose(bend.gradient[0], d["A"] @ y - d["B"] @ x - d["b"])
         assert torch.equal(y, was)
         if make == "curvature":
-            assert oracle.counts == {"lower_grad": 1, "hvp": 2, "cross": 2}
+            assert oracle.counts == {"lower_grad": 1, "hvp": 2, "cross": 3}
         else:
-            assert oracle.counts == {"lower_grad": 1 + 3 * 2}
+            assert oracle.counts == {"lower_grad": 1 + 4 * 2}
+
+
+@given(quadratics)
+def test_products_of_the_upper_loss(problem):
+    d, (x, y, v) = problem.data(), point(problem)
+    oracle = Oracle(problem, {})
+    bend = oracle.upper_curvature(x, y, None)
+    assert torch.allclose(bend.hvp([v])[0], d["C"].T @ (d["C"] @ v))
+    assert torch.allclose(bend.cross([v])[0], d["D"] @ v)
+    assert torch.allclose(bend.push([x])[0], d["D"].T @ x)
+    assert oracle.counts == {"upper_grad": 1, "upper_hvp": 1, "upper_cross": 2}
 
 
 class Attention(Problem):
@@ -88,7 +101,9 @@ def test_module_with_attention_has_second_derivatives():
     v = [torch.randn_like(p) for p in y.parameters()]
     oracle = Oracle(problem, {})
     exact, finite = oracle.curvature(x, y, batch), oracle.finite_curvature(x, y, batch)
-    for a, b in zip(exact.both(v), finite.both(v), strict=True):
+    u = [torch.ones(2, dtype=torch.float64), torch.ones(1, dtype=torch.float64)]
+    both = [(*bend.both(v), bend.push(u)) for bend in (exact, finite)]
+    for a, b in zip(*both, strict=True):
         for p, q in zip(a, b, strict=True):
             assert torch.allclose(p, q, atol=1e-7, rtol=1e-6)
     whole = problem.lower(x, y, batch).item()
@@ -103,4 +118,4 @@ def test_a_linear_lower_loss_has_zero_curvature():
     x, y = problem.init(torch.Generator())
     bend = Oracle(problem, {}).curvature(x, y, None)
     h, j = bend.both([torch.ones(2)])
-    assert not h[0].any() and not j[0].any()
+    assert not h[0].any() and not j[0].any() and not bend.push([torch.ones(2)])[0].any()
