@@ -29,6 +29,7 @@ test-gpu: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/weights_quality.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
