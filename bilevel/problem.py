@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bilevel.tree import Value, clone
+from bilevel.tree import Value, clone, structure_faults
 
 
 class Stream(ABC):
@@ -175,6 +175,10 @@ class Functions(Problem):
         self._start = (x0, y0)
         given = {"project_upper": project_upper, "project_lower": project_lower}
         vars(self).update({name: own for name, own in given.items() if own is not None})
+
+    def check(self) -> list[str]:
+        x0, y0 = self._start
+        return structure_faults("x0", x0) + structure_faults("y0", y0)
 
     def init(self, generator: torch.Generator) -> tuple[Value, Value]:
         return clone(self._start[0]), clone(self._start[1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import checkpoint, evidence
+from bilevel.check import options, probe
 from bilevel.errors import InputError, NonFiniteError
 from bilevel.launch import Launcher, Single
 from bilevel.memory import Full, Memory
@@ -17,7 +18,7 @@ from bilevel.plugins import find
 from bilevel.problem import Functions, Problem
 from bilevel.result import Result, Status
 from bilevel.solver import Solver, State
-from bilevel.tree import Value, leaves, named_leaves
+from bilevel.tree import Value, named_leaves
 
 Callback = Callable[[State, dict[str, Any]], None]
 """Called after every step with the state and the step's record; may raise StopIteration."""
@@ -147,12 +148,7 @@ def start(
         InputError: If problem, solver and memory do not fit together.
     """
     solver = _solver(solver)
-    faults = [*problem.check(), *solver.check(problem)]
-    if solver.order > 1 and not isinstance(memory or Full(), Full):
-        faults.append(
-            f"{type(solver).__name__} takes second derivatives of all of y; use memory=full, or a "
-            "first-order solver such as penalty."
-        )
+    faults = options(problem, solver, memory or Full())
     if faults:
         raise InputError(faults)
     generator = torch.Generator().manual_seed(seed)
@@ -188,7 +184,7 @@ def minimize(
         callback: Called after each step with (state, record); may raise StopIteration.
 
     Raises:
-        InputError: If a loss is not a finite scalar tensor or depends on nothing.
+        InputError: With every fault that `bilevel.check` finds in losses, start and projections.
 
     >>> import torch
     >>> t = torch.zeros((), dtype=torch.float64)
@@ -199,7 +195,9 @@ def minimize(
     problem = Functions(
         upper, lower, x0, y0, project_upper=project_upper, project_lower=project_lower
     )
-    _check_losses(problem)
+    solver = _solver(solver)
+    if faults := options(problem, solver, Full()) or probe(problem, solver.order):
+        raise InputError(faults)
     callbacks = [callback] if callback else []
     return solve(problem, solver, steps=steps, seed=seed, callbacks=callbacks)
 
@@ -208,26 +206,6 @@ def _solver(solver: Solver | str) -> Solver:
     found = find("solver", solver)() if isinstance(solver, str) else solver
     assert isinstance(found, Solver)
     return found
-
-
-def _check_losses(problem: Functions) -> None:
-    x, y = problem.init(torch.Generator())
-    faults = []
-    for name, loss in (("upper", problem.upper), ("lower", problem.lower)):
-        value = loss(x, y, None)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            faults.append(f"{name} must return a scalar tensor, got {came}; sum or average it.")
-        elif not bool(torch.isfinite(value)):
-            faults.append(f"{name} is {float(value)} at the start; choose a finite start.")
-        elif not value.requires_grad:
-            faults.append(f"{name} depends on neither x nor y; use the arguments it is given.")
-    if not faults:
-        grads = torch.autograd.grad(problem.lower(x, y, None), leaves(y), allow_unused=True)
-        if all(g is None for g in grads):
-            faults.append("lower does not depend on y, so y*(x) is not defined.")
-    if faults:
-        raise InputError(faults)
 
 
 def _record(problem: Problem, state: State) -> dict[str, Any]:

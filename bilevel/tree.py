@@ -67,6 +67,35 @@ def clone(value: Value) -> Value:
     return map_leaves(lambda t: t.detach().clone().requires_grad_(), value)
 
 
+def structure_faults(name: str, value: Value) -> list[str]:
+    """Why a value cannot be a variable, as sentences: it must hold finite floating-point tensors.
+
+    >>> structure_faults("x0", [1.0])
+    ['x0[0] must be a tensor, got float 1.0.']
+    """
+    own = named_leaves(value)
+    faults = []
+    if not own:
+        faults.append(
+            f"{name} holds no tensor, got {type(value).__name__}; give a tensor, a nest of "
+            "tensors or a module."
+        )
+    for key, leaf in own.items():
+        where = name if key == "value" else f"{name}{key if key[0] == '[' else '.' + key}"
+        if not isinstance(leaf, Tensor):
+            faults.append(f"{where} must be a tensor, got {type(leaf).__name__} {leaf!r:.40}.")
+        elif not leaf.is_floating_point():
+            faults.append(f"{where} must be floating point, got {leaf.dtype}; use .double().")
+        elif not bool(leaf.detach().isfinite().all()):
+            faults.append(f"{where} is not finite; choose a finite start.")
+    if not faults and not isinstance(value, nn.Module):
+        for what in ("dtype", "device"):
+            kinds = sorted({str(getattr(leaf, what)) for leaf in own.values()})
+            if len(kinds) > 1:
+                faults.append(f"{name} must have one {what}, got {', '.join(kinds)}.")
+    return faults
+
+
 def size_bytes(tensors: list[Tensor]) -> int:
     """Bytes of storage that the tensors' elements take."""
     return sum(t.numel() * t.element_size() for t in tensors)

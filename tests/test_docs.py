@@ -152,7 +152,7 @@ def check_arguments(arguments: list[str], folder: Path, where: str) -> None:
     file = folder / "a_file"
     file.touch()
     code, text = call([*(a for a in arguments if not a.startswith("out=")), f"out={file}"])
-    absent = ("is a file", "expected an existing file", "cannot be loaded")
+    absent = ("is a file", "expected an existing file", "found no such folder")
     faults = [f for f in text.splitlines() if not any(words in f for words in absent)]
     assert code == 2 and not faults, f"{where}: {text}"
 

@@ -1,0 +1,119 @@
+"""Every fault of losses, starts and projections is a sentence, and all come together."""
+
+import pytest
+import torch
+from torch import nn
+
+import bilevel
+from bilevel import Functions, check
+from bilevel.problems.quadratic import Quadratic
+
+ONE = torch.ones(2, dtype=torch.float64)
+noise = torch.Generator().manual_seed(0)
+
+
+def upper(x, y):
+    return ((y - 1) ** 2).sum()
+
+
+def lower(x, y):
+    return ((y - x) ** 2).sum()
+
+
+def impure(x, y):
+    return lower(x, y) + torch.rand((), generator=noise, dtype=torch.float64)
+
+
+def meddling(x, y):
+    with torch.no_grad():
+        y += 1
+    return lower(x, y)
+
+
+def breaking(x, y):
+    raise KeyError("weights")
+
+
+class Once(torch.autograd.Function):
+    """y^2 with a gradient that has no derivative."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.save_for_backward(y)
+        return y.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (Functions(lambda x, y: y * x, lower, ONE, ONE), "upper must return a scalar tensor, got"),
+        (Functions(upper, lambda x, y: 1.0, ONE, ONE), "lower must return a scalar tensor, got fl"),
+        (Functions(upper, lambda x, y: (y / 0).sum(), ONE, ONE), "lower is inf at the start"),
+        (Functions(upper, lambda x, y: x.sum(), ONE, ONE), "lower does not depend on y"),
+        (Functions(upper, lambda x, y: y.square().sum(), ONE, ONE), "neither loss depends on x"),
+        (Functions(lambda x, y: ONE.sum(), lower, ONE, ONE), "upper depends on neither"),
+        (Functions(upper, impure, ONE, ONE), "lower is not pure"),
+        (Functions(upper, meddling, ONE, ONE), "lower changes its arguments in place"),
+        (Functions(upper, breaking, ONE, ONE), "lower raised KeyError at the start: 'weights'"),
+        (Functions(upper, lower, 0.5, ONE), "x0 must be a tensor, got float 0.5"),
+        (Functions(upper, lower, ONE, {"w": ONE.long()}), "y0['w'] must be floating point"),
+        (Functions(upper, lower, ONE, [ONE, ONE.float()]), "y0 must have one dtype"),
+        (Functions(upper, lower, ONE, []), "y0 holds no tensor"),
+        (Functions(upper, lower, ONE / 0, ONE), "x0 is not finite"),
+        (
+            Functions(upper, lambda x, y: (y - x).abs().sqrt().sum(), ONE, ONE),
+            "gradient of lower is not finite",
+        ),
+        (
+            Functions(upper, lower, ONE, ONE, project_lower=lambda y: y / 2),
+            "project_lower is not idempotent",
+        ),
+        (
+            Functions(upper, lower, ONE, ONE, project_upper=lambda x: x[:1]),
+            "project_upper must keep shape",
+        ),
+    ],
+)
+def test_a_fault_of_the_problem_is_told(problem, words):
+    with_words = [fault for fault in check(problem) if words in fault]
+    assert len(with_words) == 1
+
+
+def test_several_faults_come_together():
+    faults = check(Functions(lambda x, y: y, impure, ONE, ONE, project_lower=lambda y: y / 2))
+    assert len(faults) == 3
+
+
+@pytest.mark.parametrize("solver", ["aid", "penalty"])
+def test_second_derivatives_are_asked_of_solvers_that_take_them(solver):
+    problem = Functions(upper, lambda x, y: (x * Once.apply(y)).sum(), ONE, ONE)
+    found = check(problem, solver)
+    assert (
+        found == []
+        if solver == "penalty"
+        else "second derivatives of the lower loss are wrong" in found[0]
+    )
+
+
+def test_memory_that_trains_parts_is_refused_by_second_order_solvers():
+    assert "memory=full" in check(Quadratic(), "aid", memory=bilevel.LISA())[0]
+
+
+def test_minimize_tells_them():
+    with pytest.raises(bilevel.InputError, match="not pure"):
+        bilevel.minimize(upper, impure, ONE, ONE)
+
+
+def test_a_module_and_its_start_stay_as_they_are():
+    module = nn.Linear(2, 1).double()
+    before = [p.detach().clone() for p in module.parameters()]
+    problem = Functions(
+        lambda x, y: y(x).square().sum(), lambda x, y: (y(x) - 1).square().sum(), ONE, module
+    )
+    assert check(problem, "aid") == []
+    assert all(torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))
