@@ -69,7 +69,8 @@ def _main(arguments: list[str]) -> int:
     out = _claim(out, options)
     done = checkpoint.latest(out / "checkpoints")
     notes += [f"going on from {done}"] if done else []
-    print("\n".join(notes), flush=True)
+    if notes:
+        print("\n".join(notes), flush=True)
     progress = _Progress(options.problem, settings.steps, _step(done))
     try:
         with _logged(out / "log.txt"):
@@ -143,7 +144,8 @@ def _claim(out: Path, options: Options) -> Path:
     """Make the folder, one of its own for a run without out=, and write what identifies the run."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        free = (out.with_name(f"{out.name}-{i}") for i in range(2, 1000))
+        label = out.name
+        free = (out.with_name(f"{label}-{i}") for i in range(2, 1000))
         while not options.settings.out and _taken(out):
             out = next(free)
         out.mkdir(exist_ok=True)
@@ -154,7 +156,7 @@ def _claim(out: Path, options: Options) -> Path:
             own = dataclasses.asdict(getattr(options, kind))
             body[kind] = {"name": options.names[kind]} | {k: _plain(v) for k, v in own.items()}
         checkpoint.replace_text(out / "config.yaml", yaml.safe_dump(body, sort_keys=False))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError for a name with a null byte
         raise InputError(f"out={out} cannot be written: {error}; choose another.") from None
     return out
 

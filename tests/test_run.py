@@ -27,6 +27,30 @@ def test_run_writes_its_folder(tmp_path):
     assert [json.loads(r)["step"] for r in rows] == list(range(1, 13))
 
 
+def test_runs_without_a_folder_get_one_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "20260101-000000")
+    for _ in range(3):
+        assert run("steps=1") == 0
+    names = sorted(p.name for p in (tmp_path / "runs").iterdir())
+    first = "20260101-000000-quadratic"
+    assert names == [first, f"{first}-2", f"{first}-3"]
+    assert not capsys.readouterr().out.startswith("\n")
+
+
+def test_a_tree_cannot_train_by_lisa(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("memory=lisa") == 2
+    assert "needs a lower variable that is an nn.Module" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["a\0b", "x" * 300, "/proc/nowhere"])
+def test_a_folder_that_cannot_be_made_is_told(capsys, out):
+    assert run("steps=1", f"out={out}") == 2
+    assert "choose another" in capsys.readouterr().err
+
+
 def test_the_written_config_runs_again(tmp_path):
     assert run("steps=5", "solver.penalty=7", f"out={tmp_path / 'a'}") == 0
     config = tmp_path / "a" / "config.yaml"
