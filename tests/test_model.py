@@ -174,7 +174,7 @@ def test_a_model_that_cannot_be_used_is_refused(folder, capfd, damage):
     assert not (folder.parent / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "/nowhere", "./model2", "sea.jsonl", ""])
+@pytest.mark.parametrize("name", ["a/b/c", "/no", "./model2", "sea.jsonl", "", "a" * 300])
 def test_what_is_no_folder_and_no_hub_name_is_told_at_once(folder, capfd, name):
     assert run(name) == 2
     assert "expected 'tiny', a folder or a hub name" in capfd.readouterr().err

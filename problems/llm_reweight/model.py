@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ def load_tokenizer(name: str) -> Any:
 def check_folder(name: str) -> list[str]:
     """What keeps a local folder from being loaded, told without reading its weights."""
     folder = Path(name)
-    if not name or not folder.is_dir():
+    if not name or not os.path.isdir(name):  # which Path.is_dir raises for, if it is too long
         return _check_hub_name(name)
     try:
         present = sorted(path.name for path in folder.iterdir())
@@ -171,9 +172,10 @@ def example_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 def _check_hub_name(name: str) -> list[str]:
     """A hub name is NAME or OWNER/NAME; anything else can only have meant a folder."""
-    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) and not Path(name).exists():
+    part = r"\w[\w.-]{0,95}"
+    if re.fullmatch(f"{part}(/{part})?", name, re.ASCII) and not os.path.exists(name):
         return []
-    found = "a file" if Path(name).is_file() else "no such folder"
+    found = "a file" if os.path.isfile(name) else "no such folder"
     return [f"problem.model={name}: found {found}, expected 'tiny', a folder or a hub name."]
 
 
