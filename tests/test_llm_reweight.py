@@ -161,6 +161,55 @@ def test_batches_are_stratified_and_visit_every_row_once_an_epoch():
     assert next(other).labels == labels[4]
 
 
+def test_overlap_is_counted_and_goes_on_only_when_told(folder, tmp_path, capsys):
+    target = folder / "sea.jsonl"
+    assert run(folder, tmp_path / "a", f"problem.target={target}") == 2
+    said = capsys.readouterr().err
+    assert f"{target} shares 60 records with {target} (counting from 0, 0 is 0 there, " in said
+    assert said.count("shares") == 1  # not once more for the part held out
+    assert "problem.allow_overlap=true" in said
+    more = ["problem.allow_overlap=true", "verdict=false"]
+    assert run(folder, tmp_path / "a", f"problem.target={target}", *more) == 0
+    assert f"warning: {target} shares 60 records" in capsys.readouterr().out
+    assert "shares 60 records" in (tmp_path / "a" / "report.html").read_text()
+
+
+def test_a_test_set_that_overlaps_is_refused_too(folder, tmp_path, capsys):
+    first = (folder / "law.jsonl").read_text().splitlines()[1]
+    (tmp_path / "test.jsonl").write_text(first + '\n{"text": "another one"}\n')
+    assert run(folder, tmp_path / "a", f"problem.test={tmp_path / 'test.jsonl'}") == 2
+    words = (
+        f"test.jsonl shares 1 record with {folder / 'law.jsonl'} (counting from 0, 0 is 1 there)"
+    )
+    assert words in capsys.readouterr().err
+
+
+def test_every_record_without_a_trained_token_is_told(folder, tmp_path, capsys):
+    """Conversations that end with a question longer than a row: the answer is cut away."""
+    turns = [("user", "a"), ("assistant", "b"), ("user", "wave tide " * 40)]
+    record = json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]})
+    copies = [record.replace('"a"', f'"{i}"') for i in range(7)]
+    (tmp_path / "law.jsonl").write_text("\n".join(copies))
+    (tmp_path / "food.jsonl").write_text(f"[{record}]")
+    sources = f"{folder / 'sea.jsonl'} {tmp_path / 'law.jsonl'} {tmp_path / 'food.jsonl'}"
+    assert run(folder, tmp_path / "a", f"problem.sources={sources}") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 7
+    assert "law.jsonl:1: found no token left to train on" in lines[0]
+    assert "raise problem.max_length=24" in lines[0]
+    assert "law.jsonl: and 2 more." in lines[5]
+    assert "food.jsonl: record 0 (counting from 0): found no token left" in lines[6]
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("part", ["target", "test"])
+def test_a_target_or_test_of_one_row_is_refused_by_name(folder, tmp_path, capsys, part):
+    (tmp_path / "one.jsonl").write_text('{"text": "a single one"}')
+    more = {"problem.test": folder / "target.jsonl", f"problem.{part}": tmp_path / "one.jsonl"}
+    assert run(folder, tmp_path / "a", *(f"{k}={v}" for k, v in more.items())) == 2
+    assert f"{part} has 1 row, expected at least 2" in capsys.readouterr().err
+
+
 class Bytes:
     """A tokenizer of one token a byte."""
 
@@ -218,8 +267,8 @@ def test_markup_in_a_name_is_escaped(folder, tmp_path):
         ("problem.target=", "problem.target is not"),
         ("problem.batch=2", "at least the number of sources"),
         ("problem.batch=900", "lower problem.batch"),
-        ("problem.model=no/such/folder", "cannot be loaded"),
-        ("problem.target={sea}", "shares 45 records"),
+        ("problem.model=no/such/folder", "no such folder"),
+        ("problem.target={sea}", "shares 60 records"),
     ],
 )
 def test_wrong_input_is_told_before_anything_is_written(folder, tmp_path, capsys, option, words):

@@ -335,6 +335,7 @@ def test_names(entries, names, tmp_path, monkeypatch):
         (["n="], "name=path or path"),
         (["=a.json"], "name=path or path"),
         ([""], "name=path or path"),
+        (["a.json", "b\0.json"], "a null byte"),
     ],
 )
 def test_names_refused(entries, words, tmp_path, monkeypatch):

@@ -57,11 +57,11 @@ def read(options: LLMReweight) -> Data:
     found = read_sources(paths | extra)
     target = found.pop("target")
     test = found.pop("test", None)
-    notes: list[str] = []
+    held = [target] if test is None else [target, test]
+    notes = _check_overlap(found, held, allowed=options.allow_overlap)
     if test is None:
         target, test = _hold_out(target)
         notes.append("no problem.test: every fourth target record is held out as test")
-    notes += _check_overlap(found, [target, test], allowed=options.allow_overlap)
     return Data(sources=found, target=target, test=test, notes=tuple(notes))
 
 
@@ -116,12 +116,13 @@ def _check_overlap(
         for source in sources.values():
             pairs = overlaps(source, other)
             if pairs:
-                first = ", ".join(f"{a}={b}" for a, b in pairs[:3])
+                first = ", ".join(f"{b} is {a} there" for a, b in pairs[:3])
+                records = "1 record" if len(pairs) == 1 else f"{len(pairs):,} records"
                 faults.append(
-                    f"{other.path} shares {len(pairs)} records with {source.path} (record numbers "
-                    f"{first}): weights would reward copying; fix: remove them, or continue with "
-                    "problem.allow_overlap=true."
+                    f"{other.path} shares {records} with {source.path} (counting from 0, {first}"
+                    f"{', ...' if len(pairs) > 3 else ''}): the weights would reward copying"
                 )
     if faults and not allowed:
-        raise InputError(faults)
-    return [f"warning: {fault.split(':')[0]}" for fault in faults]
+        remedy = "; fix: remove them, or continue with problem.allow_overlap=true."
+        raise InputError([fault + remedy for fault in faults])
+    return [f"warning: {fault}" for fault in faults]

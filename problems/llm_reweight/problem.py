@@ -76,17 +76,30 @@ class LLMReweight(Problem):
         return model_module.tiny_tokenizer(texts)
 
     @cached_property
+    def _tokenized(self) -> list[Rows]:
+        """The sources in the order of the weights, the target and the test set."""
+        found, faults = [], []
+        for source in [*self.data.sources.values(), self.data.target, self.data.test]:
+            try:
+                found.append(tokenize(source, self.tokenizer, max_length=self.max_length))
+            except InputError as error:
+                faults += error.faults
+        if faults:
+            raise InputError(faults)
+        return found
+
+    @property
     def rows(self) -> list[Rows]:
         """The tokenized sources, in the order of the weights."""
-        return [self._tokenize(source) for source in self.data.sources.values()]
+        return self._tokenized[:-2]
 
-    @cached_property
+    @property
     def target_rows(self) -> Rows:
-        return self._tokenize(self.data.target)
+        return self._tokenized[-2]
 
-    @cached_property
+    @property
     def test_rows(self) -> Rows:
-        return self._tokenize(self.data.test)
+        return self._tokenized[-1]
 
     @property
     def names(self) -> list[str]:
@@ -131,12 +144,17 @@ class LLMReweight(Problem):
         faults = []
         lines = list(self.data.notes)
         per_source = self.batch // len(self.names)
-        for rows in [*self.rows, self.target_rows, self.test_rows]:
-            need = per_source if rows in self.rows else min(self.target_batch, 2)
-            if len(rows) < need:
+        for rows in self.rows:
+            if len(rows) < per_source:
                 faults.append(
-                    f"source {rows.name} has {len(rows)} rows, expected at least the {need} of one "
-                    "batch; fix: give it more records or lower problem.batch."
+                    f"source {rows.name} has {_count(rows)}, expected at least the {per_source} of "
+                    "one batch; fix: give it more records or lower problem.batch."
+                )
+        for rows in (self.target_rows, self.test_rows):
+            if len(rows) < 2:
+                faults.append(
+                    f"{rows.name} has {_count(rows)}, expected at least 2; fix: give it more "
+                    "records."
                 )
         if faults:
             raise InputError(faults)
@@ -210,5 +228,6 @@ class LLMReweight(Problem):
 
         return output.write(self, result, out)
 
-    def _tokenize(self, source: Any) -> Rows:
-        return tokenize(source, self.tokenizer, max_length=self.max_length)
+
+def _count(rows: Rows) -> str:
+    return "1 row" if len(rows) == 1 else f"{len(rows)} rows"

@@ -39,6 +39,10 @@ class Example:
     line: int | None
     """Line number in the file, from 1; None for a JSON array."""
 
+    def where(self, path: str) -> str:
+        """The place in a file, for messages."""
+        return _Record(value=None, index=self.index, line=self.line).where(path)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -144,6 +148,10 @@ def name_paths(entries: Sequence[str]) -> dict[str, str]:
         if given == "" or not path.strip():
             fix = "write both sides, such as code=data/code.jsonl"
             faults.append(fault("sources", f"{entry!r}", "name=path or path", fix))
+            continue
+        if "\0" in path:
+            found, fix = f"a null byte in {entry!r}", "write the path without it"
+            faults.append(fault("sources", found, "the path of a file", fix))
             continue
         real = os.path.realpath(path)
         if real in seen:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel import InputError, Stream
-from bilevel.problems.llm_reweight.formats import Segments
-from bilevel.problems.llm_reweight.records import Example, Source
+from bilevel.problems.llm_reweight.formats import Segments, fault
+from bilevel.problems.llm_reweight.records import SHOWN, Example, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +61,11 @@ def tokenize(source: Source, tokenizer: Any, *, max_length: int) -> Rows:
     so are records that repeat another: the weight of a source does not depend on its copies.
 
     Raises:
-        InputError: If the tokenizer yields no tokens, or no row has a token to train on.
+        InputError: If a record has no token left to train on; says which.
     """
     end = tokenizer.eos_token_id
-    ids, trained, records, truncated, empty = [], [], [], 0, 0
+    ids, trained, records, truncated = [], [], [], 0
+    empty: list[Example] = []
     examples = distinct(source)
     texts = [text for example in examples for text, _ in example.segments]
     pieces = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
@@ -81,21 +82,17 @@ def tokenize(source: Source, tokenizer: Any, *, max_length: int) -> Rows:
         whole = all(marks)
         truncated += not whole and len(row) > max_length
         cuts = range(0, len(row), max_length) if whole else [max(0, len(row) - max_length)]
-        kept = 0
+        kept = len(ids)
         for cut in cuts:
             part, part_marks = row[cut : cut + max_length], marks[cut : cut + max_length]
             if any(part_marks[1:]):
                 ids.append(tuple(part))
                 trained.append((False, *part_marks[1:]))
                 records.append(example.index)
-                kept += 1
-        empty += not kept
-    if not ids:
-        raise InputError(
-            f"{source.path}: no record has a token left to train on (found {len(source.examples)} "
-            "records, expected at least two tokens with one trained); fix: check the tokenizer and "
-            "problem.max_length."
-        )
+        if len(ids) == kept:
+            empty.append(example)
+    if empty:
+        raise InputError(_nothing_to_train(source, empty, max_length))
     return Rows(
         name=source.name,
         ids=tuple(ids),
@@ -104,6 +101,14 @@ def tokenize(source: Source, tokenizer: Any, *, max_length: int) -> Rows:
         truncated=truncated,
         duplicates=len(source.examples) - len(examples),
     )
+
+
+def _nothing_to_train(source: Source, empty: Sequence[Example], max_length: int) -> list[str]:
+    fix = f"remove the record or raise problem.max_length={max_length}"
+    found, expected = "no token left to train on", "a trained token behind another one"
+    shown = [fault(e.where(source.path), found, expected, fix) for e in empty[:SHOWN]]
+    more = len(empty) - SHOWN
+    return shown + ([f"{source.path}: and {more} more."] if more > 0 else [])
 
 
 def distinct(source: Source) -> list[Example]:
