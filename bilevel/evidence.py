@@ -41,7 +41,8 @@ def warnings(history: Sequence[dict[str, Any]]) -> list[str]:
     if last.get("linear_residual", 0.0) > RESIDUAL:
         found.append(
             f"the linear system was solved only to a relative residual of "
-            f"{last['linear_residual']:.2g}; raise linear_steps, or add damping."
+            f"{last['linear_residual']:.2g}; raise linear_steps (inner_steps of "
+            "itd), or add damping."
         )
     if last.get("curvature"):
         found.append(
