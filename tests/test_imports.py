@@ -16,6 +16,7 @@ ORDER = [
     ["hypergradient"],
     ["compare"],
     ["solve"],
+    ["testing"],
     ["__init__"],
     ["options"],
     ["report", "run"],
