@@ -1,5 +1,6 @@
 """The data-weighting problem on a real tiny Llama against closed forms and invariances."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -12,7 +13,7 @@ from bilevel.problems.llm_reweight import LLMReweight
 from bilevel.problems.llm_reweight.model import example_losses, tiny_model
 from bilevel.problems.llm_reweight.tokens import Rows, Stratified, cut, tokenize
 from bilevel.run import main
-from bilevel.solvers.penalty import scalebio
+from bilevel.solvers.penalty import scalebio, scalebio_votes
 
 WORDS = {
     "sea": ["wave", "tide", "salt", "ship", "sail", "harbor", "storm", "anchor", "deck", "gull"],
@@ -116,6 +117,43 @@ def test_weight_gradient_does_not_depend_on_micro_batches_or_padding(setup, rows
         assert torch.allclose(other, whole, rtol=0, atol=1e-6)
     assert torch.allclose(weight_gradient(task, y, z, padded, x, 1.0), whole, rtol=0, atol=1e-6)
     assert sum(len(part.ids) for part in cut(batch, rows)) == len(batch.ids)
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_a_step_of_the_solver_moves_the_weights_by_the_closed_form(folder, rows):
+    """Plain descent: x_6 - x_5 = - lr alpha p_s (d_s - sum_t p_t d_t) on the batch of that step."""
+    task, seen = problem(folder, batch=12, micro_batch=rows), {}
+
+    def keep(state, record):
+        if state.step == 5:
+            seen.update({n: copy.deepcopy(state.variables[n].value) for n in "xyz"})
+            seen["batch"] = next(copy.copy(state.streams["lower"]))
+
+    solver = scalebio(warmup=3, upper_optimizer="sgd", upper_lr=0.5, penalty=7.0, lower_lr=0.01)
+    moved = bilevel.solve(task, solver, steps=6, callbacks=[keep]).x - seen["x"].detach()
+    x, y, z, batch = (seen[n] for n in ("x", "y", "z", "batch"))
+    with torch.no_grad():
+        gaps = example_losses(y, batch).double() - example_losses(z, batch).double()
+        d = torch.stack([gaps[batch.source == s].mean() for s in range(3)])
+        p = x.softmax(0)
+        expected = -0.5 * 7.0 * p * (d - p @ d)
+    assert torch.linalg.norm(expected) > 1e-6
+    assert torch.linalg.norm(moved - expected) <= 1e-5 * torch.linalg.norm(expected)
+
+
+class Silent(LLMReweight):
+    """A target that pulls nowhere, so that y = z at every step."""
+
+    def upper(self, x, y, batch):
+        return 0.0 * LLMReweight.upper(self, x, y, batch)
+
+
+@pytest.mark.parametrize("solver", [scalebio, scalebio_votes])
+def test_weights_do_not_move_while_the_copies_are_equal(folder, solver):
+    given = problem(folder)
+    options = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    result = bilevel.solve(Silent(**options), solver(warmup=0), steps=12)
+    assert torch.equal(result.x, torch.zeros(3, dtype=torch.float64))
 
 
 def test_weights_do_not_depend_on_the_order_of_sources(folder):
