@@ -15,7 +15,9 @@ NUMBERS = {
     "linear_residual": "|H v - grad_y f| / |grad_y f|",
     "curvature": "1 if the linear solver met a direction of non-positive curvature, else 0",
     "penalty": "the penalty, 1/nu",
-    "penalty_gap": "penalty (g(x, y) - g(x, z)), about nu |grad_y f|^2 / 2 in the metric of H",
+    "penalty_gap": "penalty (g(x, y) - g(x, z)): O(nu) for the forward stencil, else O(nu^2)",
+    "stencil": "the order of the finite difference now in use",
+    "doubts": "steps in a row at which g - nu f looked as if it had no minimum",
 }
 """What a solver may put into `State.numbers`, and what each means."""
 

@@ -11,6 +11,7 @@ import bilevel
 from bilevel.problems.quadratic import Quadratic
 from bilevel.problems.softmax_mixture import SoftmaxMixture
 from bilevel.solvers.penalty import Penalty, f2sa, scalebio
+from bilevel.solvers.penalty.stencils import stencil
 
 quadratics = st.builds(
     Quadratic,
@@ -28,20 +29,22 @@ def penalized(problem: Quadratic, x, nu):
     return torch.linalg.solve(d["A"] + nu * d["C"].T @ d["C"], right)
 
 
-def estimate(problem, x, points, *, stencil, penalty):
+def estimate(problem, x, points, *, stencil, penalty, **options):
     """The gradient of x that one step of the solver gathers at given copies of y."""
     solver = Penalty(
         stencil=stencil, penalty=penalty, inner_steps=1, warmup=0, max_penalty=1e12, growth=1.0
     )
     solver = dataclasses.replace(solver, upper_optimizer="sgd", upper_lr=1.0, lower_lr=1e-30)
+    solver = dataclasses.replace(solver, patience=0, **options)
     generator = torch.Generator().manual_seed(0)
     launcher = bilevel.Single()
     state = solver.init(problem, bilevel.Full(), launcher, generator)
     state.numbers["penalty"] = penalty
     with torch.no_grad():
         state.variables["x"].value.copy_(x)
-        for name, point in zip("yz", points, strict=True):
-            state.variables[name].value.copy_(point)
+        copies = [v for name, v in state.variables.items() if name != "x"]
+        for copy, point in zip(copies, points, strict=True):
+            copy.value.copy_(point)
     before = state.variables["x"].value.detach().clone()
     solver.step(problem, launcher, state)
     return before - state.variables["x"].value.detach()
@@ -64,7 +67,7 @@ def test_forward_bias_is_within_its_bound(problem, penalty):
 
 
 @given(quadratics, st.sampled_from([1, 2]))
-def test_bias_halves_or_quarters_with_nu(problem, stencil):
+def test_bias_halves_or_quarters_with_nu(problem, order):
     """I3: error(nu) / error(nu / 2) is 2 for order 1 and 4 for order 2."""
     x = torch.ones(problem.dim_x, dtype=torch.float64)
     true = problem.solution().hypergradient(x)
@@ -72,12 +75,10 @@ def test_bias_halves_or_quarters_with_nu(problem, stencil):
     curvature = torch.linalg.matrix_norm(problem.data()["C"], 2) ** 2
     base = max(100.0, 20 * float(curvature))
     for penalty in (base, 2 * base):
-        other = 0.0 if stencil == 1 else -1 / penalty
+        other = 0.0 if order == 1 else -1 / penalty
         points = penalized(problem, x, 1 / penalty), penalized(problem, x, other)
-        errors.append(
-            (estimate(problem, x, points, stencil=stencil, penalty=penalty) - true).norm()
-        )
-    low, high = {1: (1.8, 2.2), 2: (3.6, 4.4)}[stencil]
+        errors.append((estimate(problem, x, points, stencil=order, penalty=penalty) - true).norm())
+    low, high = {1: (1.8, 2.2), 2: (3.6, 4.4)}[order]
     assert errors[1] < 1e-9 or low <= errors[0] / errors[1] <= high
 
 
@@ -91,21 +92,32 @@ def test_softmax_mixture_has_the_exact_factor(sources, dim, seed, penalty):
     x = torch.linspace(-1, 1, sources, dtype=torch.float64)
     true = problem.solution().hypergradient(x)
     star, nu = problem.solution().lower(x), 1 / penalty
-    for stencil, other, factor in ((1, 0.0, 1 + nu), (2, -nu, 1 - nu**2)):
+    for order, other, factor in ((1, 0.0, 1 + nu), (2, -nu, 1 - nu**2)):
         points = [(star + w * t) / (1 + w) for w in (nu, other)]
-        got = estimate(problem, x, points, stencil=stencil, penalty=penalty)
+        got = estimate(problem, x, points, stencil=order, penalty=penalty)
         assert torch.allclose(got * factor, true, atol=1e-10, rtol=1e-9)
         assert abs(float(got.sum())) < 1e-10  # I20
 
 
-@pytest.mark.parametrize("stencil", [1, 2])
+@pytest.mark.parametrize("order", range(1, 8))
+def test_stencils_are_exact_for_polynomials(order):
+    """sum_j c_j j^k is 1 for k = 1 and 0 for all other k up to the order, not for the next."""
+    offsets = stencil(order)
+    assert len(offsets) == 2 * ((order + 1) // 2)
+    moments = [sum(c * j**k for j, c in offsets.items()) for k in range(order + 2)]
+    assert moments[: order + 1] == pytest.approx([float(k == 1) for k in range(order + 1)])
+    assert abs(moments[order + 1]) > 1e-3
+
+
 @pytest.mark.parametrize("inner", [1, 4])
-def test_oracle_counts(stencil, inner):
-    solver = Penalty(stencil=stencil, inner_steps=inner)
+@pytest.mark.parametrize(("order", "copies", "plain"), [(1, 2, 1), (2, 2, 0), (3, 4, 1), (4, 4, 0)])
+def test_oracle_counts(order, copies, plain, inner):
+    """Every copy takes a gradient of g, and of f unless it minimizes g alone."""
+    solver = Penalty(stencil=order, inner_steps=inner)
     counts = bilevel.solve(Quadratic(), solver, steps=7).counts
-    assert counts["lower_grad"] == 7 * 2 * inner
-    assert counts["upper_grad"] == 7 * inner * stencil
-    assert counts["sweeps"] == 7 * 2 * inner
+    assert counts["lower_grad"] == 7 * copies * inner
+    assert counts["upper_grad"] == 7 * (copies - plain) * inner
+    assert counts["sweeps"] == 7 * copies * inner
 
 
 def test_single_loop_step_is_two_sweeps():

@@ -1,0 +1,124 @@
+"""Passes over the copies of y that all penalty methods share, and what is read off them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.descent import finite_norm
+from bilevel.launch import Launcher
+from bilevel.problem import Problem
+from bilevel.solver import State, finite_loss
+from bilevel.tree import dot, leaves
+from bilevel.variable import Variable
+
+ROUNDING = 64  # roundings of the losses below which a difference of them says nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A copy of y that minimizes h = scale g + weight f, and the share of h in the step of x."""
+
+    copy: Variable
+    weight: float
+    share: float
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """The losses of one sweep at one copy; f is 0 where it has no weight."""
+
+    upper: float
+    lower: float
+
+    def at(self, point: Point) -> float:
+        """h = scale g + weight f."""
+        return point.scale * self.lower + point.weight * self.upper
+
+    def noise(self, point: Point) -> float:
+        """What rounding may have added to h."""
+        eps = max(torch.finfo(p.dtype).eps for p in leaves(point.copy.value))
+        size = abs(point.scale * self.lower) + abs(point.weight * self.upper)
+        return ROUNDING * eps * size
+
+
+def sweep(
+    problem: Problem, launcher: Launcher, state: State, point: Point, batches: tuple[Any, Any]
+) -> Seen:
+    """One pass of h at a copy, forward and backward; x gathers share grad_x h.
+
+    Args:
+        problem: The two losses.
+        launcher: Runs the backward passes.
+        state: Holds x; counts the gradients.
+        point: The copy and its weights.
+        batches: Of the upper and the lower loss.
+
+    Raises:
+        NonFiniteError: If a loss is not finite.
+    """
+    x, copy = state.variables["x"], point.copy
+    upper = lower = 0.0
+    with x.weighted(point.share):
+        if point.weight:
+            for part in problem.split(batches[0]):
+                loss = problem.upper(x.value, copy.value, part)
+                launcher.backward(point.weight * loss)
+                upper += finite_loss("upper", loss, problem, x, copy, part)
+            state.counts["upper_grad"] += 1
+        for part in problem.split(batches[1]):
+            loss = problem.lower(x.value, copy.value, part)
+            launcher.backward(loss if point.scale == 1.0 else point.scale * loss)
+            lower += finite_loss("lower", loss, problem, x, copy, part)
+    state.counts["lower_grad"] += 1
+    state.counts["sweeps"] += 1
+    return Seen(upper=upper, lower=lower)
+
+
+def clip(
+    problem: Problem, x: Variable, copies: Sequence[Variable], largest: float, *batches: Any
+) -> None:
+    """Clip what each copy gathered to a norm, each by itself; 0 clips nothing.
+
+    Raises:
+        NonFiniteError: If a norm is not finite.
+    """
+    for copy in copies:
+        norm = finite_norm(problem, x, copy, *batches)
+        gathered = [p for p in leaves(copy.value) if p.grad is not None]
+        if largest and gathered:
+            total = torch.tensor(norm, dtype=torch.float64).to(gathered[0])
+            torch.nn.utils.clip_grads_with_norm_(gathered, largest, total)
+
+
+def pull(copy: Variable, centers: Sequence[Tensor], rho: float) -> None:
+    """Add the gradient of |y - center|^2 / 2 rho to what a copy gathered, where it may move."""
+    for p, center in zip(leaves(copy.value), centers, strict=True):
+        if p.grad is not None:
+            p.grad.add_(p.detach() - center, alpha=1 / rho)
+
+
+def bends_down(anchor: Point, probe: Point, seen: tuple[Seen, Seen], rho: float = 0.0) -> bool:
+    """Whether h of a probe has negative curvature between the probe z and an anchor y.
+
+        h(y) - h(z) - <grad_y h(z), y - z> < 0,    with |y - z|^2 / 2 rho added if rho > 0
+
+    up to rounding. It costs one inner product: the sweep has left losses and gradient. Where part
+    of y is not trained now, the answer is no.
+    """
+    y, z = leaves(anchor.copy.value), leaves(probe.copy.value)
+    slopes = [p.grad for p in z if p.grad is not None]
+    if len(slopes) < len(z):
+        return False
+    gaps = [(a - b).detach() for a, b in zip(y, z, strict=True)]
+    slope = float(dot(slopes, gaps))
+    moved = Point(copy=anchor.copy, weight=probe.weight, share=0.0, scale=probe.scale)
+    gain = seen[0].at(moved) - seen[1].at(probe) - slope
+    if rho:
+        gain += float(dot(gaps, gaps)) / (2 * rho)
+    return gain < -(seen[0].noise(moved) + seen[1].noise(probe))
