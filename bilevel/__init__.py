@@ -1,5 +1,6 @@
 """Bilevel optimization in PyTorch: min_x f(x, y*(x)) subject to y*(x) in argmin_y g(x, y)."""
 
+from bilevel.batch import Batch
 from bilevel.check import check
 from bilevel.compare import Comparison, compare
 from bilevel.errors import InputError
@@ -17,6 +18,7 @@ from bilevel.votes import PairwiseVotes
 __all__ = [
     "LISA",
     "Always",
+    "Batch",
     "Comparison",
     "Full",
     "Functions",

@@ -12,7 +12,7 @@ ORDER = [
     ["variable"],
     ["problem", "launch", "memory"],
     ["oracle", "solver", "checkpoint", "plugins"],
-    ["descent", "check", "resolve"],
+    ["descent", "check", "resolve", "batch"],
     ["hypergradient"],
     ["compare"],
     ["solve"],
