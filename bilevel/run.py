@@ -63,7 +63,7 @@ def _main(arguments: list[str]) -> int:
     options = parse(words)
     settings = options.settings
     out = _place(options)
-    notes = options.problem.prepare()
+    notes = options.problem.prepare() + options.solver.notes(options.problem)
     parts = {"seed": settings.seed, "memory": options.memory, "launcher": options.launcher}
     state = start(options.problem, options.solver, **parts)
     out = _claim(out, options)

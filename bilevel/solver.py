@@ -85,6 +85,10 @@ class Solver(ABC):
         """Why to stop now, or None to go on."""
         return None
 
+    def notes(self, problem: Problem) -> list[str]:
+        """Lines for the user before the first step."""
+        return []
+
     def check(self, problem: Problem) -> list[str]:
         """Every reason why this solver cannot be used on this problem, as sentences."""
         return []
