@@ -287,7 +287,9 @@ def test_a_run_leaves_everything_behind(folder, tmp_path, capsys):
     keys = {"name", "path", "records", "trained_tokens", "weight", "share_examples"}
     assert keys <= body["sources"][0].keys()
     assert "LISA trains blocks" in (tmp_path / "a" / "log.txt").read_text()
-    assert "paired seeds" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "verdict: training 6 fresh models, 12 steps each" in said
+    assert "paired seeds" in said
 
 
 def test_markup_in_a_name_is_escaped(folder, tmp_path):

@@ -32,7 +32,13 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
     write_weights(body, out)  # before the verdict, which takes longer and may be interrupted
     judged = None
     if problem.verdict:
-        judged = verdict.compare(problem, verdict.mixtures(problem, weights))
+        mixtures = verdict.mixtures(problem, weights)
+        count = len(mixtures) * problem.verdict_seeds
+        print(
+            f"verdict: training {count} fresh models, {problem.verdict_steps} steps each",
+            flush=True,
+        )
+        judged = verdict.compare(problem, mixtures)
         body["verdict"] = judged
         write_weights(body, out)
     from bilevel.problems.llm_reweight import report
