@@ -1,6 +1,9 @@
 """The command line, the checkpoints and resuming, on a small problem."""
 
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import bilevel
+import bilevel.run
 from bilevel import Single, checkpoint
 from bilevel.errors import InputError
 from bilevel.run import main
@@ -96,6 +99,55 @@ def test_killed_run_goes_on(tmp_path):
     assert main([*arguments[:-1], f"out={tmp_path / 'whole'}"]) == 0
     files = [tmp_path / n / "trajectory.jsonl" for n in ("whole", "killed")]
     assert files[0].read_text() == files[1].read_text()
+
+
+def test_ctrl_c_saves_the_step_and_tells_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    call = bilevel.run._Progress.__call__
+
+    def interrupted(self, state, record):
+        if state.step == 11:
+            os.kill(os.getpid(), signal.SIGINT)
+        call(self, state, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bilevel.run._Progress, "__call__", interrupted)
+        assert run("steps=20", "solver.penalty=7") == 130
+    said = capsys.readouterr().err
+    assert "interrupted; saved at step 11. Go on with:" in said
+    command = shlex.split(said.splitlines()[-1])
+    assert command[:3] == ["python", "-m", "bilevel.run"]
+    assert main(command[3:]) == 0
+    assert main([*command[3:-1], "out=whole"]) == 0
+    folder = command[-1].removeprefix("out=")
+    files = [tmp_path / name / "trajectory.jsonl" for name in (folder, "whole")]
+    assert files[0].read_text() == files[1].read_text()
+
+
+def read(terminal):
+    try:
+        return os.read(terminal, 4096).decode(errors="replace")
+    except OSError:  # what Linux says at the end
+        return ""
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_gets_lines(tmp_path):
+    pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
+    command = [sys.executable, "-m", "bilevel.run", "problem=quadratic", "steps=20"]
+    ours, theirs = pty.openpty()
+    pytest.importorskip("termios").tcsetwinsize(theirs, (24, 120))
+    wide = {"args": [*command, f"out={tmp_path / 'a'}"], "stderr": theirs, "check": True}
+    done = subprocess.run(**wide, stdout=subprocess.PIPE, text=True)
+    os.close(theirs)
+    bar = "".join(iter(lambda: read(ours), ""))
+    os.close(ours)
+    assert "20/20 [" in bar and "step/s" in bar and "<" in bar  # elapsed < remaining
+    assert "upper" in bar and "step 20/20:" not in done.stdout
+    done = subprocess.run(
+        [*command, f"out={tmp_path / 'b'}"], capture_output=True, check=True, text=True
+    )
+    assert done.stderr == ""
+    assert [f"step {i}/20:" in done.stdout for i in (1, 2, 20)] == [False, True, True]
 
 
 class Count(bilevel.Stream):
