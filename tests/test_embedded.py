@@ -4,6 +4,7 @@ import ast
 import gc
 import hashlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from bilevel.problems.llm_reweight import LLMReweight, embedded
 from bilevel.problems.llm_reweight.data import text_source
 from bilevel.problems.llm_reweight.records import overlaps
+from bilevel.run import main
 
 SOURCES = ["docstrings", "reference", "code", "unicode", "scrambled", "base64"]
 
@@ -148,3 +150,16 @@ def test_halves_part_a_source_evenly(n):
     assert len(parts) == n
     assert sorted(itertools.chain(*parts), key=int) == texts
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.slow
+def test_the_demonstration_is_true(tmp_path):
+    """The weights find the relevant text, and fresh models are better for it."""
+    assert main(["problem=llm_reweight", f"out={tmp_path / 'demo'}"]) == 0
+    body = json.loads((tmp_path / "demo" / "weights.json").read_text())
+    weights = {source["name"]: source["weight"] for source in body["sources"]}
+    assert body["steps"] == 300 and body["verdict"]["steps"] == 200
+    assert weights["docstrings"] + weights["reference"] >= 0.8
+    assert len(body["verdict"]["gain_over_uniform"]) == 3
+    assert min(body["verdict"]["gain_over_uniform"]) > 0
+    assert body["verdict"]["gap_closed"] >= 0.8
