@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import InputError
-from bilevel.tree import dot
+from bilevel.tree import dot, norm
 
 Vector = list[Tensor]
 Matvec = Callable[[Vector], Vector]
@@ -177,30 +177,40 @@ class MINRES(LinearSolver):
 class Neumann(LinearSolver):
     """The Neumann series v_K = lr sum_{k<K} (I - lr H)^k b, by v <- v - lr (H v - b).
 
-    With v_0 = 0 the error is (I - lr H)^K H^{-1} b exactly; converges for lr < 2 / L.
+    With v_0 = 0 the error is (I - lr H)^K H^{-1} b exactly; converges for lr < 2 / L. With momentum
+    the step is v <- v - lr (H v - b) + momentum (v - v_before): the adjoint fixed point of gradient
+    descent with momentum, y <- y - lr grad_y g + momentum (y - y_before), as the plain series is
+    that of plain gradient descent; converges for lr < 2 (1 + momentum) / L.
 
     Reference: Lorraine, Vicol, Duvenaud, Optimizing Millions of Hyperparameters by Implicit
-    Differentiation, 2020.
+    Differentiation, 2020; Grazzi, Franceschi, Pontil, Salzo, On the Iteration Complexity of
+    Hypergradient Computation, 2020 (2006.16218), for maps with momentum.
     """
 
     steps: int = 20
     """Terms of the series; the first costs no product when it starts at zero."""
     lr: float = 0.1
     """Below 2 over the largest eigenvalue of H."""
+    momentum: float = 0.0
+    """Share of the last move that the next one keeps."""
 
     def __post_init__(self) -> None:
-        _check(self, {"steps": 1})
+        _check(self, {"steps": 1, "momentum": 0.0})
         if not self.lr > 0:
             raise InputError(f"lr must be positive, got lr={self.lr}.")
+        if not self.momentum < 1:
+            raise InputError(f"momentum must be below 1, got momentum={self.momentum}.")
 
     def solve(self, matvec: Matvec, b: Vector, start: Vector | None = None) -> LinearResult:
         v = [self.lr * t for t in b] if start is None else start
         products, size = 0, math.nan
         limit = 1e8 * (norm(b) + norm(v))
+        move = v if start is None else _zeros(v)
         for _ in range(self.steps - (start is None)):
             r = _plus(b, matvec(v), -1.0)
             products, size = products + 1, norm(r)
-            v = _plus(v, r, self.lr)
+            move = [self.lr * p + self.momentum * q for p, q in zip(r, move, strict=True)]
+            v = _plus(v, move, 1.0)
             if not size <= limit:
                 return LinearResult(
                     solution=v, residual=size, products=products, status=LinearStatus.DIVERGED
@@ -275,9 +285,44 @@ class Nystrom(LinearSolver):
         )
 
 
-def norm(v: Sequence[Tensor]) -> float:
-    """The Euclidean norm of a vector."""
-    return math.sqrt(float(dot(v, v)))
+@dataclass(frozen=True, kw_only=True)
+class Fisher(LinearSolver):
+    """(damping I + G'G / m)^{-1} b by Woodbury, G the m given gradients as rows: no product.
+
+        v = (b - G' (m damping I + G G')^{-1} G b) / damping
+
+    The empirical Fisher matrix G'G / m stands in for H, which it resembles near the optimum of a
+    likelihood and else need not. Memory: m vectors.
+
+    Reference: Frantar, Kurtic, Alistarh, M-FAC: Efficient Matrix-Free Approximations of
+    Second-Order Information, 2021 (2107.03356). Deviation: solved at once, not by recursion.
+    """
+
+    rows: Sequence[Vector] = ()
+    """Gradients of the lower loss on parts of its data; without any v = b / damping."""
+    damping: float = 0.01
+    """Added to the diagonal; biases the answer."""
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise InputError(f"damping must be positive, got damping={self.damping}.")
+
+    def solve(self, matvec: Matvec, b: Vector, start: Vector | None = None) -> LinearResult:
+        v = b
+        if self.rows:
+            flat = torch.cat([t.flatten() for t in b])
+            g = torch.stack([torch.cat([t.flatten() for t in row]) for row in self.rows])
+            inner = g @ g.T
+            inner.diagonal().add_(len(g) * self.damping)
+            flat = flat - g.T @ torch.linalg.solve(inner, g @ flat)
+            parts = flat.split([t.numel() for t in b])
+            v = [p.view(t.shape) for p, t in zip(parts, b, strict=True)]
+        return LinearResult(
+            solution=[t / self.damping for t in v],
+            residual=math.nan,
+            products=0,
+            status=LinearStatus.STEPS,
+        )
 
 
 def _zeros(like: Vector) -> Vector:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 
 from bilevel import InputError, linear
-from bilevel.linear import CG, MINRES, Identity, LinearStatus, Neumann, Nystrom
+from bilevel.linear import CG, MINRES, Fisher, Identity, LinearStatus, Neumann, Nystrom
 
 
 @st.composite
@@ -74,6 +74,47 @@ def test_neumann_is_the_series(system, steps, warm):
     expected = exact + torch.linalg.matrix_power(step, steps) @ (first - exact)
     assert torch.allclose(v, expected, atol=1e-12, rtol=1e-12)
     assert result.products == steps - (start is None)
+
+
+@given(systems(), st.integers(1, 12), st.floats(0.0, 0.9))
+def test_neumann_with_momentum_is_the_adjoint_of_the_map(system, steps, momentum):
+    """I10: the gradient of b'y_T through T steps of momentum descent from the minimum, J = I."""
+    matrix, b = system
+    lr = 1 / float(torch.linalg.eigvalsh(matrix)[-1])
+    v, result = solved(Neumann(steps=steps, lr=lr, momentum=momentum), matrix, b)
+    x = torch.zeros_like(b, requires_grad=True)
+    y = before = torch.zeros_like(b)  # minimizes y'Hy/2 - x'y at x = 0
+    for _ in range(steps):
+        y, before = y - lr * (matrix @ y - x) + momentum * (y - before), y
+    (expected,) = torch.autograd.grad(b @ y, x)
+    assert torch.allclose(v, expected, atol=1e-12, rtol=1e-12)
+    assert result.products == steps - 1
+
+
+def test_momentum_is_faster_and_starts_where_told():
+    matrix = torch.diag(torch.tensor([1.0, 100.0])).double()
+    b = torch.ones(2).double()
+    exact = torch.linalg.solve(matrix, b)
+    errors = [
+        (solved(Neumann(steps=60, lr=0.01, momentum=m), matrix, b)[0] - exact).norm()
+        for m in (0.0, 0.8)
+    ]
+    assert errors[1] < 0.1 * errors[0]
+    again, _ = solved(Neumann(steps=5, lr=0.01, momentum=0.8), matrix, b, split(exact))
+    assert torch.allclose(again, exact, atol=1e-15)
+
+
+@given(systems(), st.integers(0, 12), st.floats(0.01, 10.0))
+def test_fisher_is_the_dense_inverse(system, count, damping):
+    """I29: Woodbury against the dense matrix, to 1e-12 times its condition."""
+    _, b = system
+    generator = torch.Generator().manual_seed(count)
+    g = torch.randn(count, len(b), generator=generator, dtype=torch.float64)
+    v, result = solved(Fisher(rows=[split(row) for row in g], damping=damping), None, b)
+    dense = damping * torch.eye(len(b)).double() + g.T @ g / max(count, 1)
+    exact = torch.linalg.solve(dense, b)
+    assert (v - exact).norm() <= 1e-12 * torch.linalg.cond(dense) * exact.norm()
+    assert result.products == 0
 
 
 @given(systems(low=-30.0))
@@ -156,6 +197,8 @@ def test_identity_is_one_term_of_neumann():
     [
         lambda: CG(steps=0, damping=-0.1),
         lambda: Neumann(lr=0.0),
+        lambda: Neumann(momentum=1.0),
+        lambda: Fisher(damping=0.0),
         lambda: Nystrom(damping=0.0),
         lambda: MINRES(tolerance=-1.0),
     ],
