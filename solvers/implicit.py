@@ -9,28 +9,33 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from bilevel.descent import begin, descend, implicit_gradient, move_upper
+from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.linear import (
     CG,
     MINRES,
+    Fisher,
     Identity,
     LinearSolver,
     Neumann,
     Nystrom,
 )
 from bilevel.memory import Memory
-from bilevel.oracle import Curvature, Oracle
+from bilevel.oracle import Curvature, Oracle, Vector
 from bilevel.problem import Problem, constrained
 from bilevel.result import Status
 from bilevel.solver import Solver, State, require
 from bilevel.variable import optimizer_by_name
 
+Name = Literal["cg", "minres", "neumann", "nystrom", "fisher", "identity"]
 LINEAR: dict[str, Callable[[AID], LinearSolver]] = {
     "cg": lambda s: CG(steps=s.linear_steps, tolerance=s.linear_tolerance, damping=s.damping),
     "minres": lambda s: MINRES(
         steps=s.linear_steps, tolerance=s.linear_tolerance, damping=s.damping
     ),
-    "neumann": lambda s: Neumann(steps=s.linear_steps, lr=s.linear_lr or s.lower_lr),
+    "neumann": lambda s: Neumann(
+        steps=s.linear_steps, lr=s.linear_lr or s.lower_lr, momentum=s.linear_momentum
+    ),
     "nystrom": lambda s: Nystrom(rank=s.linear_steps, damping=s.damping or 0.01),
     "identity": lambda s: Identity(scale=s.linear_lr or s.lower_lr),
 }
@@ -48,6 +53,9 @@ class AID(Solver):
 
         |est - dF| <= (|d2f/dxdy| + |d2f/dy2| |J| / mu) |y - y*| + (|J| / mu) |H v - grad_y f|
 
+    With fresh batches every product builds a graph of its own: one more gradient of g. With fisher
+    the gradients of `linear_steps` pieces replace the products, at each step the next ones in turn.
+
     Reference: Pedregosa, 2016 (1602.02355); Grazzi et al., 2020 (2006.16218); Ji, Yang, Liang, 2021
     (2010.07962).
     """
@@ -56,18 +64,23 @@ class AID(Solver):
 
     inner_steps: int = 10
     """Steps on y for one step of x, from where it was."""
-    linear: Literal["cg", "minres", "neumann", "nystrom", "identity"] | LinearSolver = "cg"
+    linear: Name | LinearSolver = "cg"
     """How the linear system is solved; from Python also a `bilevel.linear.LinearSolver`."""
     linear_steps: int = 20
-    """Most products with H (cg, minres), terms (neumann), or columns of H (nystrom)."""
+    """Most products with H (cg, minres), terms (neumann), columns of H (nystrom), or pieces of g
+    whose gradients stand in for it (fisher)."""
     linear_tolerance: float = 1e-6
     """Relative residual at which cg and minres stop."""
     linear_lr: float = 0.0
     """Step size of neumann, scale of identity; 0 takes `lower_lr`."""
+    linear_momentum: float = 0.0
+    """Momentum of neumann, for inner steps with momentum."""
     damping: float = 0.0
-    """Added to the diagonal of H by cg, minres and nystrom (there 0 means 0.01)."""
+    """Added to the diagonal of H by cg, minres, nystrom and fisher (for these 0 means 0.01)."""
     warm: bool = True
     """Whether the linear solver starts at the previous v, rather than at zero."""
+    batches: Literal["shared", "fresh"] = "shared"
+    """Whether all products with H share one batch of g, or each draws its own (neumann only)."""
     products: Literal["graph", "finite"] = "graph"
     """Second derivatives by autograd, or by differences of gradients where those do not exist."""
     upper_optimizer: str = "adam"
@@ -83,7 +96,13 @@ class AID(Solver):
 
     def __post_init__(self) -> None:
         names = ("inner_steps", "linear_tolerance", "linear_lr", "damping", "tolerance")
-        require(self, linear_steps="at least 1", **dict.fromkeys(names, "non-negative"))
+        ranges = {"linear_steps": "at least 1", "linear_momentum": "in [0, 1)"}
+        require(self, **ranges, **dict.fromkeys(names, "non-negative"))
+        if self.batches == "fresh" and self.linear != "neumann":
+            raise InputError(
+                "batches=fresh needs linear=neumann, whose terms need not agree on H, got "
+                f"linear={self.linear}."
+            )
 
     def init(
         self, problem: Problem, memory: Memory, launcher: Launcher, generator: torch.Generator
@@ -118,11 +137,62 @@ class AID(Solver):
         upper = oracle.upper(x.value, y.value, upper_batch)
         bend = self._curvature(oracle, x.value, y.value, lower_batch)
         start = state.vectors.get("v") if self.warm else None
-        return implicit_gradient(state, upper, bend, self._linear(), start=start)
 
-    def _linear(self) -> LinearSolver:
+        def fresh(v: Vector) -> Vector:
+            batch = next(state.streams["lower"])
+            return self._curvature(oracle, x.value, y.value, batch).hvp(v)
+
+        hvp = fresh if self.batches == "fresh" else None
+        linear = self._linear(oracle, state)
+        return implicit_gradient(state, upper, bend, linear, start=start, hvp=hvp)
+
+    def _linear(self, oracle: Oracle, state: State) -> LinearSolver:
+        if self.linear == "fisher":
+            return Fisher(rows=self._rows(oracle, state), damping=self.damping or 0.01)
         return LINEAR[self.linear](self) if isinstance(self.linear, str) else self.linear
+
+    def _rows(self, oracle: Oracle, state: State) -> list[Vector]:
+        """grad_y g on the next pieces, in turn."""
+        x, y = (state.variables[name].value for name in "xy")
+        _, pieces = oracle.problem.pieces()
+        count = min(self.linear_steps, len(pieces))
+        chosen = [(state.step * count + i) % len(pieces) for i in range(count)]
+        return [oracle.lower(x, y, pieces[i]).y for i in chosen]
 
     def _curvature(self, oracle: Oracle, x: Any, y: Any, batch: Any) -> Curvature:
         make = oracle.curvature if self.products == "graph" else oracle.finite_curvature
         return make(x, y, batch)
+
+
+def stocbio(**options: Any) -> AID:
+    """stocBiO: ten inner steps, ten products of a cold Neumann series, each on its own batch.
+
+    Reference: Ji, Yang, Liang, Bilevel Optimization: Convergence Analysis and Enhanced Design, 2021
+    (2010.07962). Deviations: the series is summed as v <- v - lr (H v - grad_y f), equal in law
+    where batches are independent; batches do not grow; any optimizer moves x and y.
+    """
+    defaults = {"linear": "neumann", "linear_steps": 11, "warm": False, "batches": "fresh"}
+    return AID(**{**defaults, **options})
+
+
+def amigo(**options: Any) -> AID:
+    """AmIGO: ten warm steps on y, then ten warm steps on v.
+
+    Reference: Arbel and Mairal, Amortized Implicit Differentiation for Stochastic Bilevel
+    Optimization, 2021 (2111.14580). Deviations: the steps on v share one batch unless
+    batches=fresh; any optimizer moves x and y.
+    """
+    return AID(**{"linear": "neumann", "linear_steps": 10, **options})
+
+
+def t1t2(**options: Any) -> AID:
+    """T1-T2: one step on y, then one on x as if H were the identity over the step size of y.
+
+        dF ~= grad_x f - lower_lr J' grad_y f
+
+    The direction can point uphill.
+
+    Reference: Luketina, Berglund, Greff, Raiko, Scalable Gradient-Based Tuning of Continuous
+    Regularization Hyperparameters, 2015 (1511.06727). Deviation: Adam moves x.
+    """
+    return AID(**{"linear": "identity", "inner_steps": 1, **options})

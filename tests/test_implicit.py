@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import bilevel
 from bilevel.problems.quadratic import Quadratic
 from bilevel.problems.softmax_mixture import SoftmaxMixture
-from bilevel.solvers.implicit import AID
+from bilevel.solvers.implicit import AID, amigo, stocbio, t1t2
 
 quadratics = st.builds(
     Quadratic,
@@ -21,7 +21,7 @@ quadratics = st.builds(
 
 def estimate(problem, x, y, **options):
     """The hypergradient that one step of AID takes at (x, y), and the state after it."""
-    solver = AID(inner_steps=0, upper_optimizer="sgd", upper_lr=1.0, **options)
+    solver = AID(**{"inner_steps": 0, "upper_optimizer": "sgd", "upper_lr": 1.0, **options})
     launcher = bilevel.Single()
     state = solver.init(problem, bilevel.Full(), launcher, torch.Generator().manual_seed(0))
     state.variables["x"].assign([x])
@@ -119,3 +119,290 @@ def test_what_never_moves_is_said():
         steps=3,
     )
     assert any("x never moved" in words for words in result.warnings)
+
+
+@given(quadratics, st.integers(1, 12), st.floats(0.0, 0.9))
+def test_truncated_series_are_truncated_unrolls(problem, steps, momentum):
+    """I10: from the lower solution, Neumann is the derivative through `steps` inner steps."""
+    start = torch.ones(problem.dim_x, dtype=torch.float64)
+    star = problem.solution().lower(start)
+    lr = 1 / problem.condition
+    options = {"linear": "neumann", "linear_steps": steps, "linear_lr": lr}
+    got, _ = estimate(problem, start, star, linear_momentum=momentum, warm=False, **options)
+    expected = unrolled(problem, start, star, steps, lr, momentum)
+    assert torch.allclose(got, expected, atol=1e-10, rtol=1e-10)
+
+
+def unrolled(problem, x, star, steps, lr, momentum):
+    """d/dx f(x, y_T(x)), y_T by plain autograd through momentum descent that starts at rest."""
+    x = x.clone().requires_grad_()
+    d, y, before = problem.data(), star, star
+    for _ in range(steps):
+        step = d["A"] @ y - d["B"] @ x - d["b"]
+        y, before = y - lr * step + momentum * (y - before), y
+    return torch.autograd.grad(problem.upper(x, y, None), x)[0]
+
+
+class Cubic(bilevel.Problem):
+    """A lower loss whose H and J change with y, with micro-batches and batches of its own."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.rows = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+
+    def init(self, generator):
+        return torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+
+    def lower(self, x, y, batch):
+        fit = torch.nn.functional.softplus(self.rows[batch] @ (y - x.sin())).sum()
+        return fit / 12 + len(batch) / 12 * (0.5 * y @ y + 0.1 * (y**4).sum())
+
+    def upper(self, x, y, batch):
+        return 0.5 * (y - 1).square().sum() + 0.05 * x @ x + 0.1 * (x * y).sum()
+
+    def whole(self):
+        return None, torch.arange(12)
+
+    def pieces(self):
+        return (None,), torch.arange(12).split(1)
+
+    def split(self, batch):
+        return (None,) if batch is None else batch.split(5)
+
+    def batches(self, generator):
+        upper, lower = self.whole()
+        return bilevel.Always(upper), bilevel.Always(lower)
+
+
+def test_truncated_series_on_a_loss_that_is_not_quadratic():
+    """I10 where H and J change with y: at the lower solution their changes do not matter."""
+    problem, lr, batch = Cubic(), 0.3, torch.arange(12)
+    x, y = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+
+    def step(x, y):
+        y = y if y.requires_grad else y.requires_grad_()
+        loss = problem.lower(x, y, batch)
+        return y - lr * torch.autograd.grad(loss, y, create_graph=True)[0]
+
+    for _ in range(300):
+        y = step(x, y).detach()
+    z, free = y, x.clone().requires_grad_()
+    for _ in range(4):
+        z = step(free, z)
+    (expected,) = torch.autograd.grad(problem.upper(free, z, None), free)
+    options = {"linear": "neumann", "linear_steps": 4, "linear_lr": lr, "warm": False}
+    got, _ = estimate(problem, x, y.detach(), **options)
+    assert torch.allclose(got, expected, atol=1e-12)
+
+
+@given(quadratics, st.integers(1, 12))
+def test_neumann_has_its_error(problem, steps):
+    """I8: |v_K - v| <= (1 - lr mu)^K |H^-1 r| at lr = 1 / L."""
+    d, x = problem.data(), torch.ones(problem.dim_x, dtype=torch.float64)
+    y = problem.solution().lower(x)
+    options = {"linear": "neumann", "linear_lr": 1 / problem.condition, "warm": False}
+    _, state = estimate(problem, x, y, linear_steps=steps, **options)
+    exact = torch.linalg.solve(d["A"], d["C"].T @ (d["C"] @ y - d["c"]) + d["D"].T @ x)
+    error = (state.vectors["v"][0] - exact).norm()
+    assert error <= (1 - 1 / problem.condition) ** steps * exact.norm() + 1e-12
+
+
+@given(quadratics, st.floats(0.1, 1.0))
+def test_fisher_solves_with_the_gradients_of_the_pieces(problem, damping):
+    """One piece, hence rank one: (damping I + q q')^-1 r with q = grad_y g."""
+    d, x = problem.data(), torch.ones(problem.dim_x, dtype=torch.float64)
+    y = torch.ones(problem.dim_y, dtype=torch.float64)
+    _, state = estimate(problem, x, y, linear="fisher", damping=damping)
+    q = d["A"] @ y - d["B"] @ x - d["b"]
+    r = d["C"].T @ (d["C"] @ y - d["c"]) + d["D"].T @ x
+    exact = torch.linalg.solve(damping * torch.eye(len(y)).double() + torch.outer(q, q), r)
+    assert torch.allclose(state.vectors["v"][0], exact, atol=1e-9, rtol=1e-9)
+    assert state.counts == {"upper_grad": 1, "lower_grad": 2, "hvp": 0, "cross": 1}
+
+
+def test_fisher_takes_the_pieces_in_turn():
+    problem, seen = Cubic(), []
+    solver = AID(linear="fisher", linear_steps=5, inner_steps=1)
+    whole = problem.lower
+    problem.lower = lambda x, y, batch: seen.append(tuple(batch.tolist())) or whole(x, y, batch)
+    bilevel.solve(problem, solver, steps=3)
+    single = [batch[0] for batch in seen if len(batch) == 1]
+    assert single == [*range(12), 0, 1, 2]
+
+
+def test_identity_can_point_uphill():
+    """Family H: H = diag(1, 10), J = (1, 1)', r = (1, -2): dF = -0.8, the estimate is 1."""
+    h = torch.tensor([1.0, 10.0], dtype=torch.float64)
+    r = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
+    problem = bilevel.Functions(
+        lambda x, y: y @ r, lambda x, y: 0.5 * y @ (h * y) + x.sum() * y.sum(), zero, 0 * h
+    )
+    for linear, expected in (("cg", -0.8), ("identity", 1.0)):
+        got, _ = estimate(problem, zero, 0 * h, linear=linear, linear_lr=1.0)
+        assert float(got) == pytest.approx(expected, abs=1e-12)
+
+
+def test_identity_stops_at_its_own_fixed_point():
+    """The bias of T1-T2 on the quadratic: it solves rho (x - s) + D y* + lr B' r = 0 instead."""
+    problem, lr = Quadratic(condition=3.0), 0.3
+    d, lower = problem.data(), problem.solution().lower
+
+    def estimated(x):
+        y = lower(x)
+        r = d["C"].T @ (d["C"] @ y - d["c"]) + d["D"].T @ x
+        return x - d["s"] + d["D"] @ y + lr * d["B"].T @ r
+
+    constant = estimated(torch.zeros(3).double())
+    columns = [estimated(e) - constant for e in torch.eye(3, dtype=torch.float64)]
+    expected = torch.linalg.solve(torch.stack(columns, dim=1), -constant)
+    solver = t1t2(upper_optimizer="sgd", upper_lr=0.05, lower_lr=lr)
+    result = bilevel.solve(problem, solver, steps=400)
+    assert (result.x - expected).norm() <= 1e-6
+    assert (result.x - problem.solution().x).norm() > 1e-2  # it is another point
+
+
+@pytest.mark.parametrize("make", [stocbio, amigo])
+def test_presets_reach_the_optimum_of_the_quadratic(make):
+    problem, steps, lr = Quadratic(condition=3.0), 11, 1 / 3
+    solver = make(upper_optimizer="sgd", upper_lr=0.1, lower_lr=lr)
+    result = bilevel.solve(problem, solver, steps=150)
+    # cold series: |dF| at its fixed point is at most |B| (1 - lr mu)^K |H^-1 r|, and dF is strongly
+    # monotone in x here, with the modulus below; warm steps leave no bias
+    d, x = problem.data(), result.x
+    y = problem.solution().lower(x)
+    v = torch.linalg.solve(d["A"], d["C"].T @ (d["C"] @ y - d["c"]) + d["D"].T @ x)
+    bias = torch.linalg.matrix_norm(d["B"], 2) * (1 - lr) ** steps * v.norm()
+    dF = problem.solution().hypergradient
+    slope = torch.stack([dF(e) - dF(0 * e) for e in torch.eye(3, dtype=torch.float64)])
+    modulus = torch.linalg.eigvalsh((slope + slope.T) / 2)[0]
+    bound = 1e-6 + (bias / modulus if make is stocbio else 0.0)
+    assert modulus > 0 and (x - problem.solution().x).norm() <= bound
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(stocbio, {"inner_steps": 1, "linear_steps": 2}), (amigo, {"linear_steps": 2}), (t1t2, {})],
+)
+def test_presets_are_stationary_on_the_mixture(make, options):
+    """H = I: one Neumann term of step size one is exact, and so is the identity."""
+    problem = SoftmaxMixture(sources=3)
+    solver = make(upper_optimizer="sgd", upper_lr=5.0, lower_lr=1.0, **options)
+    result = bilevel.solve(problem, solver, steps=120)
+    start = problem.solution().hypergradient(torch.zeros(3).double()).norm()
+    assert problem.solution().hypergradient(result.x).norm() <= 1e-2 * start
+
+
+def test_fresh_batches_equal_shared_ones_where_there_is_one():
+    """I22, bitwise; each draws its own otherwise."""
+    options = {"linear_steps": 6, "lower_lr": 0.05}
+    runs = [
+        bilevel.solve(Cubic(), stocbio(batches=b, **options), steps=6) for b in ("fresh", "shared")
+    ]
+    assert torch.equal(runs[0].x, runs[1].x) and torch.equal(runs[0].y, runs[1].y)
+    drawn = []
+
+    class Counting(bilevel.Always):
+        def __next__(self):
+            drawn.append(self.batch)
+            return self.batch
+
+    problem = Cubic()
+    problem.batches = lambda generator: (Counting(None), Counting(torch.arange(12)))
+    bilevel.solve(problem, stocbio(inner_steps=3, **options), steps=1)
+    lower = [batch for batch in drawn if batch is not None]
+    assert len(lower) == 3 + 1 + 5 and len(drawn) == len(lower) + 1
+
+
+def test_counts_of_the_presets():
+    """T gradients and N products, one J' and one gradient of f, and the gradient graphs."""
+    steps, once = 7, {"upper_grad": 7, "cross": 7}
+    counts = bilevel.solve(Quadratic(), stocbio(lower_lr=0.05), steps=steps).counts
+    assert counts == {**once, "lower_grad": steps * (10 + 1 + 10), "hvp": steps * 10}
+    shared = bilevel.solve(Quadratic(), stocbio(lower_lr=0.05, batches="shared"), steps=steps)
+    assert shared.counts == {**once, "lower_grad": steps * (10 + 1), "hvp": steps * 10}
+    counts = bilevel.solve(Quadratic(), amigo(lower_lr=0.05), steps=steps).counts
+    # the first product of all is with v = 0
+    assert counts == {**once, "lower_grad": steps * (10 + 1), "hvp": steps * 10 - 1}
+    counts = bilevel.solve(Quadratic(), t1t2(lower_lr=0.05), steps=steps).counts
+    assert counts == {**once, "lower_grad": steps * (1 + 1), "hvp": 0}
+    counts = bilevel.solve(Cubic(), AID(linear="fisher", linear_steps=5), steps=steps).counts
+    assert counts == {**once, "lower_grad": steps * (10 + 1 + 5), "hvp": 0}
+
+
+ESTIMATORS = {
+    "cg": {"linear": "cg", "linear_steps": 3, "linear_tolerance": 0.0},
+    "neumann": {"linear": "neumann", "linear_steps": 4},
+    "momentum": {"linear": "neumann", "linear_steps": 4, "linear_momentum": 0.5},
+    "fisher": {"linear": "fisher"},
+    "identity": {"linear": "identity"},
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@given(quadratics, st.floats(0.5, 4.0))
+def test_invariance_of_the_estimate(name, problem, c):
+    """I15, I16, I17: x = Pu; y = Qw; f -> cf; g -> cg with step sizes over c."""
+    generator = torch.Generator().manual_seed(3)
+    p = torch.randn(problem.dim_x, problem.dim_x, generator=generator).double()
+    p = p + 5 * torch.eye(problem.dim_x)
+    q = torch.linalg.qr(torch.randn(problem.dim_y, problem.dim_y, generator=generator).double()).Q
+    x, y = torch.ones(problem.dim_x).double(), torch.ones(problem.dim_y).double()
+    f, g = (lambda x, y: problem.upper(x, y, None)), (lambda x, y: problem.lower(x, y, None))
+    lr = 1 / problem.condition
+
+    def at(f, g, x, y, lr=lr):
+        turned = bilevel.Functions(f, g, x, y)
+        return estimate(turned, x, y, inner_steps=2, lower_lr=lr, **ESTIMATORS[name])[0]
+
+    expected = at(f, g, x, y)
+    size = {"atol": 1e-9 * problem.condition * float(1 + expected.norm()), "rtol": 1e-9}
+    u = torch.linalg.solve(p, x)
+    got = at(lambda u, y: f(p @ u, y), lambda u, y: g(p @ u, y), u, y)
+    assert torch.allclose(got, p.T @ expected, **{**size, "atol": 10 * size["atol"]})
+    got = at(lambda x, w: f(x, q @ w), lambda x, w: g(x, q @ w), x, q.T @ y)
+    assert torch.allclose(got, expected, **size)
+    assert torch.allclose(at(lambda x, y: c * f(x, y), g, x, y), c * expected, **size)
+    if name != "fisher":  # quadratic in the scale of g, not linear: it is no Hessian
+        got = at(f, lambda x, y: c * g(x, y), x, y, lr / c)
+        assert torch.allclose(got, expected, **size)
+
+
+def test_sources_may_come_in_any_order():
+    """I19: permuted centers permute the estimate."""
+    problem, order = SoftmaxMixture(), torch.tensor([2, 0, 3, 1])
+    m, t = problem.centers()
+    x, y = torch.linspace(-1, 1, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    permuted = bilevel.Functions(
+        lambda x, y: 0.5 * (y - t).square().sum(),
+        lambda x, y: x.softmax(0) @ (0.5 * (y - m[order]).square().sum(1)),
+        x,
+        y,
+    )
+    one, _ = estimate(problem, x, y, inner_steps=2)
+    two, _ = estimate(permuted, x[order], y, inner_steps=2)
+    assert torch.allclose(one[order], two, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        amigo(lower_lr=0.05),
+        stocbio(lower_lr=0.05, linear_momentum=0.5),
+        t1t2(lower_lr=0.05),
+        AID(linear="fisher", linear_steps=5, lower_lr=0.05, lower_optimizer="adam"),
+        AID(lower_lr=0.05),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(solver, tmp_path):
+    """I31, bitwise."""
+    whole = bilevel.solve(Cubic(), solver, steps=9)
+    bilevel.solve(Cubic(), solver, steps=4, checkpoints=tmp_path)
+    again = bilevel.solve(Cubic(), solver, steps=9, checkpoints=tmp_path, resume=True)
+    assert torch.equal(whole.x, again.x) and torch.equal(whole.y, again.y)
+    assert whole.history == again.history and whole.counts == again.counts
+
+
+def test_fresh_batches_need_neumann():
+    with pytest.raises(bilevel.InputError, match="batches=fresh"):
+        stocbio(linear="cg")
