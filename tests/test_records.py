@@ -344,6 +344,16 @@ def test_names_refused(entries, words, tmp_path, monkeypatch):
         name_paths(entries)
 
 
+def test_a_name_with_a_slash_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text(OK)
+    with pytest.raises(InputError, match="the name 'x/y' with a slash"):
+        name_paths(["x/y=a.jsonl"])
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "y=a.jsonl").write_text(OK)
+    assert name_paths(["x/y=a.jsonl"]) == {"y=a": "x/y=a.jsonl"}
+
+
 def test_link_is_the_same_file(tmp_path):
     (tmp_path / "a.jsonl").write_text(OK)
     os.symlink(tmp_path / "a.jsonl", tmp_path / "b.jsonl")

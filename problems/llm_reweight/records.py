@@ -140,6 +140,10 @@ def name_paths(entries: Sequence[str]) -> dict[str, str]:
     seen: dict[str, str] = {}
     for entry in entries:
         name, equals, path = entry.partition("=")
+        if "/" in name and os.path.isfile(path) and not os.path.exists(entry):
+            found, fix = f"the name {name!r} with a slash", "choose another name"
+            faults.append(fault("sources", found, "a name without", fix))
+            continue
         if not equals or "/" in name or os.sep in name or os.path.exists(entry):
             pairs.append((None, entry))
         else:
