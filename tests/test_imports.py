@@ -8,7 +8,7 @@ import pytest
 CORE = Path(__file__).parent.parent / "bilevel"
 ORDER = [
     ["errors", "tree", "result", "fields", "evidence", "datasets", "picture"],
-    ["votes", "linear", "projection"],
+    ["votes", "linear", "spectrum", "projection"],
     ["variable"],
     ["problem", "launch", "memory"],
     ["oracle", "solver", "checkpoint", "plugins"],
