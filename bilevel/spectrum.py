@@ -28,7 +28,7 @@ def extremes(
         NonFiniteError: If a product is not finite.
 
     >>> spectrum = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
-    >>> low, high = extremes(lambda v: [spectrum * v[0]], [torch.zeros(3)])
+    >>> low, high = extremes(lambda v: [spectrum * v[0]], [torch.zeros_like(spectrum)])
     >>> round(low, 9), round(high, 9)
     (1.0, 5.0)
     """
