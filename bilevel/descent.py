@@ -11,12 +11,11 @@ from torch import Tensor
 from bilevel.errors import NonFiniteError
 from bilevel.launch import Launcher
 from bilevel.linear import LinearSolver, LinearStatus, Matvec
-from bilevel.linear import norm as size
 from bilevel.memory import Memory
 from bilevel.oracle import Curvature, Gradients, Vector
 from bilevel.problem import Problem
 from bilevel.solver import State, finite_loss
-from bilevel.tree import dot, leaves
+from bilevel.tree import dot, leaves, norm
 from bilevel.variable import OptimizerFactory, Variable
 
 COUNTS = ("upper_grad", "lower_grad", "hvp", "cross")
@@ -91,12 +90,12 @@ def implicit_gradient(
     state.vectors["v"] = v
     state.upper, state.lower = upper.value, bend.value
     state.numbers |= {
-        "lower_gradient": size(bend.gradient),
+        "lower_gradient": norm(bend.gradient),
         "lower_error": abs(float(dot(v, bend.gradient))),
         "curvature": float(result.status is LinearStatus.CURVATURE),
     }
     if result.residual == result.residual:  # not measured by every solver
-        state.numbers["linear_residual"] = result.residual / max(size(upper.y), 1e-300)
+        state.numbers["linear_residual"] = result.residual / max(norm(upper.y), 1e-300)
     return plus(upper.x, bend.cross(v), -1.0)
 
 
@@ -134,13 +133,13 @@ def finite_norm(problem: Problem, x: Variable, copy: Variable, *batches: object)
         NonFiniteError: If it is not finite, with the problem's words about the batches.
     """
     gathered = [p.grad for p in leaves(copy.value) if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gathered))
-    if not math.isfinite(norm):
+    size = norm(gathered) if gathered else 0.0
+    if not math.isfinite(size):
         words = [problem.explain(x.value, copy.value, batch) for batch in batches]
         raise NonFiniteError(
-            "; ".join(filter(None, [f"the gradient of {copy.name} has norm {norm}", *words]))
+            "; ".join(filter(None, [f"the gradient of {copy.name} has norm {size}", *words]))
         )
-    return norm
+    return size
 
 
 def set_lr(variable: Variable, lr: float) -> None:

@@ -97,13 +97,17 @@ class CG(LinearSolver):
         v = _zeros(b) if start is None else [t.clone() for t in start]
         r = [t.clone() for t in b] if start is None else _plus(b, damped(v), -1.0)
         goal = self.tolerance * norm(b)
+        size = norm(r)
         s = self.precondition(r) if self.precondition else r
-        p, rs, size = s, float(dot(r, s)), norm(r)
+        p, rs = s, float(dot(r, s)) if self.precondition else size**2
+        pp, largest = size**2, 0.0
         status = LinearStatus.STEPS
         while size > goal and products < self.steps:
             hp = damped(p)
             bend = float(dot(p, hp))
-            if bend <= torch.finfo(b[0].dtype).eps * norm(p) * norm(hp):
+            pp = float(dot(p, p)) if self.precondition else pp
+            largest = max(largest, bend / pp)
+            if bend <= torch.finfo(b[0].dtype).eps * largest * pp:
                 status = LinearStatus.CURVATURE
                 break
             step = rs / bend
@@ -113,8 +117,9 @@ class CG(LinearSolver):
                 status = LinearStatus.DIVERGED
                 break
             s = self.precondition(r) if self.precondition else r
-            new = float(dot(r, s))
-            p, rs = _plus(s, p, new / rs), new
+            new = float(dot(r, s)) if self.precondition else size**2
+            p, ratio = _plus(s, p, new / rs), new / rs
+            pp, rs = new + ratio**2 * pp, new  # |p|^2: r is orthogonal to the previous p
         if size <= goal:
             status = LinearStatus.CONVERGED
         return LinearResult(solution=v, residual=size, products=products, status=status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.problem import Problem
 from bilevel.tree import Value, leaves
+from bilevel.variable import is_module
 
 Vector = list[Tensor]
 """One tensor for each leaf of x or of y, in the order of `bilevel.tree.leaves`."""
@@ -129,8 +130,7 @@ class _GraphCurvature(Curvature):
         self._oracle, self._names = oracle, names
         self._x, self._y = leaves(x), leaves(y)
         problem = oracle.problem
-        # The fused attention kernels have no second derivative (torch 2.13).
-        with torch.enable_grad(), _tracked([*self._x, *self._y]), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), _tracked([*self._x, *self._y]), twice_differentiable(x, y):
             losses = [loss(x, y, part) for part in problem.split(batch)]
             whole = torch.stack([part.reshape(()) for part in losses]).sum()
             found = torch.autograd.grad(whole, self._y, create_graph=True, allow_unused=True)
@@ -238,6 +238,14 @@ def _size(v: Sequence[Tensor]) -> float:
 def _spacing(point: Sequence[Tensor]) -> float:
     eps = max(torch.finfo(p.dtype).eps for p in point)
     return eps ** (1 / 3) * (1 + _size(point))
+
+
+def twice_differentiable(x: Value, y: Value) -> AbstractContextManager[Any]:
+    """Within the block attention uses a kernel that has second derivatives (torch 2.13).
+
+    Only where x or y is a module: entering it costs as much as a small gradient.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if is_module(x) or is_module(y) else nullcontext()
 
 
 def _gradients(problem: Problem, loss: Any, x: Value, y: Value, batch: Any) -> Gradients:

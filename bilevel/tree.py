@@ -19,7 +19,11 @@ def leaves(value: Value) -> list[Tensor]:
     >>> [t.shape[0] for t in leaves({"a": torch.zeros(2), "b": [torch.zeros(3)]})]
     [2, 3]
     """
-    return list(named_leaves(value).values())
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, nn.Module):
+        return list(value.parameters())
+    return pytree.tree_leaves(value)
 
 
 def named_leaves(value: Value) -> dict[str, Tensor]:
@@ -108,7 +112,18 @@ def dot(a: Value, b: Value) -> Tensor:
     tensor(6.)
     """
     pairs = zip(leaves(a), leaves(b), strict=True)
-    return torch.stack([(_wide(p) * _wide(q)).sum() for p, q in pairs]).sum()
+    parts = [torch.linalg.vecdot(_wide(p).flatten(), _wide(q).flatten()) for p, q in pairs]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+def norm(value: Value) -> float:
+    """The Euclidean norm of a value, summed in float32 or wider.
+
+    >>> norm([torch.tensor([3.0]), torch.tensor([4.0])])
+    5.0
+    """
+    parts = [torch.linalg.vector_norm(_wide(p.detach())) for p in leaves(value)]
+    return float(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts)))
 
 
 class _Call(nn.Module):

@@ -9,13 +9,12 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.descent import begin, move_upper, zeros
 from bilevel.launch import Launcher
 from bilevel.linear import norm
 from bilevel.memory import Memory
-from bilevel.oracle import Vector
+from bilevel.oracle import Vector, twice_differentiable
 from bilevel.problem import Problem, constrained
 from bilevel.result import Status
 from bilevel.solver import Solver, State, finite_loss, require
@@ -98,7 +97,7 @@ class ITD(Solver):
         y = state.variables["y"]
         state.memory.before_step(state.step, [y])
         start = _detached(leaves(y.value)) if self.warm else state.vectors["start"]
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative (torch 2.13)
+        with twice_differentiable(state.variables["x"].value, y.value):
             gradient, end = self._estimate(_Steps(self, problem, state), start)
         move_upper(launcher, state, gradient)
         y.assign(end)
