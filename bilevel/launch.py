@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.errors import InputError
 from bilevel.tree import Value, clone
 from bilevel.variable import OptimizerFactory, Variable
 
@@ -51,6 +52,10 @@ class Single(Launcher):
 
     threads: int = 0
     """Threads of one operation; 0 keeps torch's own choice."""
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise InputError(f"launcher.threads must be non-negative, got {self.threads}.")
 
     def variable(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,6 +16,15 @@ from bilevel.tree import Value, leaves, named_leaves, size_bytes
 from bilevel.votes import PairwiseVotes
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+UNFIT = {
+    "lbfgs": "it evaluates the loss by itself; use sgd or adam",
+    "sparseadam": "it takes sparse gradients only; use adam",
+    "adahessian": "it differentiates the gradient, which is not kept; use adam",
+    "sophiah": "it differentiates the gradient, which is not kept; use adam",
+}
+"""Optimizers that need more than the gradient at the present point, and why."""
 
 
 class Variable:
@@ -128,12 +139,14 @@ class Variable:
 
 
 def optimizer_by_name(name: str, lr: float, **options: Any) -> OptimizerFactory:
-    """A factory of the `torch.optim` optimizer called `name` (any case) with step size `lr`.
+    """A factory of the optimizer called `name` (any case) with step size `lr`.
 
-    "votes" is `PairwiseVotes`, for logits of weights.
+    From `torch.optim`; "votes" is `PairwiseVotes`, for logits of weights; and, where the package
+    pytorch_optimizer is installed, from there what torch does not have.
 
     Raises:
-        InputError: If there is no such optimizer; names the nearest.
+        InputError: If there is no such optimizer (names the nearest), it needs more than a gradient
+            at one point, or the step size is not positive and finite.
 
     >>> make = optimizer_by_name("adamw", 1e-2)
     >>> type(make([torch.zeros(2, requires_grad=True)])).__name__
@@ -141,20 +154,33 @@ def optimizer_by_name(name: str, lr: float, **options: Any) -> OptimizerFactory:
     """
     from difflib import get_close_matches
 
+    if name.lower() in UNFIT:
+        raise InputError(f"the optimizer {name} cannot be used here: {UNFIT[name.lower()]}.")
     known: dict[str, type[torch.optim.Optimizer]] = {
         n.lower(): c
         for n, c in vars(torch.optim).items()
         if isinstance(c, type) and issubclass(c, torch.optim.Optimizer) and n != "Optimizer"
     } | {"votes": PairwiseVotes}
-    kind = known.get(name.lower())
+    kind = known.get(name.lower()) or _elsewhere(name.lower())
     if kind is None:
-        near = get_close_matches(name.lower(), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(known))}."
+        near = get_close_matches(name.lower(), known.keys() - UNFIT.keys(), n=1)
+        choices = ", ".join(sorted(known.keys() - UNFIT.keys()))
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {choices}."
         raise InputError(f"unknown optimizer {name!r}; {hint}")
-    if not lr > 0:
-        raise InputError(f"the step size of {name} must be positive, got lr={lr}.")
+    if not 0 < lr < math.inf:
+        raise InputError(f"the step size of {name} must be positive and finite, got lr={lr}.")
     build: Any = kind  # the base class declares no options, every optimizer has its own
     return lambda parameters: build(parameters, lr=lr, **options)
+
+
+def _elsewhere(name: str) -> type[torch.optim.Optimizer] | None:
+    """The optimizer of pytorch_optimizer, if that is installed and has it."""
+    try:
+        package = import_module("pytorch_optimizer")
+    except ImportError:
+        return None
+    known = name in package.get_supported_optimizers()
+    return package.load_optimizer(name) if known else None
 
 
 def is_module(value: Value) -> bool:

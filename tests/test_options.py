@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (["problem=quadratik"], ["unknown problem 'quadratik'; did you mean 'quadratic'?"]),
-        (["steps=3"], ["problem=NAME is missing; choices: llm_reweight, quadratic"]),
+        (["steps=3"], ["problem=NAME is missing; choices: box, "]),
         (["llm_reweight"], ["did you mean problem=llm_reweight?", "problem=NAME is missing"]),
         ([QUADRATIC, "solver=scalbio"], ["did you mean 'scalebio'?"]),
         ([QUADRATIC, "memory=lora"], ["unknown memory 'lora'; choices: full, lisa."]),
@@ -56,9 +56,12 @@ def here(tmp_path, monkeypatch):
         ([QUADRATIC, "checkpoint_every=0"], ["checkpoint_every must be at least 1"]),
         ([QUADRATIC, f"seed={10**30}"], ["seed must be from 0 to 2**63 - 1"]),
         ([QUADRATIC, "resume=maybe"], ["resume must be one of auto, never, got 'maybe'."]),
-        ([QUADRATIC, "solver.stencil=7"], ["solver.stencil must be one of 1, 2, got '7'."]),
+        ([QUADRATIC, "solver.stencil=0"], ["solver.stencil must be at least 1, got 0."]),
         ([QUADRATIC, "lower_lr=nan"], ["solver.lower_lr must be a number, got 'nan'."]),
-        ([QUADRATIC, "lower_lr=-1"], ["step size of sgd must be positive, got lr=-1.0."]),
+        (
+            [QUADRATIC, "lower_lr=-1"],
+            ["step size of sgd must be positive and finite, got lr=-1.0."],
+        ),
         ([LLM, "verdict=maybe"], ["problem.verdict must be true or false, got 'maybe'."]),
         ([LLM, "sources=it's.jsonl"], ["problem.sources must be words separated by spaces"]),
         (
