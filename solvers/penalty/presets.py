@@ -36,6 +36,16 @@ def f2sa2(**options: Any) -> Penalty:
     return Penalty(**{"stencil": 2, "growth": 1.0, "penalty": 100.0} | options)
 
 
+def proximal(**options: Any) -> Penalty:
+    """The double loop with proximal centers, for lower levels that are not strongly convex.
+
+    Forward difference (the central one would need g - nu f to have a minimum), ten inner steps
+    around centers that follow the copies; X and Y may be constrained (Kwon et al., 2309.01753).
+    """
+    defaults = {"stencil": 1, "prox": 1.0, "penalty": 100.0, "growth": 1.0}
+    return Penalty(**defaults | options)
+
+
 def scalebio(**options: Any) -> Penalty:
     """ScaleBiO: forward difference, one AdamW step on both copies (Pan et al., ACL 2025).
 
