@@ -175,6 +175,26 @@ def test_adam_does_not_divide_by_zero():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_what_does_not_train_has_no_part(name):
+    """A frozen leaf of y, as LISA has them, and one that g does not depend on."""
+    zero = torch.zeros(2).double()
+    problem = bilevel.Functions(
+        lambda x, y: sum((t - 1).square().sum() for t in y),
+        lambda x, y: (y[0] - x).square().sum() + (y[1] - x).square().sum(),
+        zero,
+        [zero, zero, zero],
+    )
+    solver = SAMA(lower_optimizer=name)
+    generator = torch.Generator().manual_seed(0)
+    state = solver.init(problem, bilevel.Full(), bilevel.Single(), generator)
+    state.variables["y"].value[1].requires_grad_(False)
+    v = solver.step(problem, bilevel.Single(), state).vectors["v"]
+    assert bool(v[0].all()) and not v[1].any()
+    assert name == "sgd" or not v[2].any()
+    assert not state.variables["y"].value[1].any()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
     """I31, bitwise."""
     solver = SAMA(lower_optimizer=name, lower_lr=0.05)
