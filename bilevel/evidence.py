@@ -18,6 +18,14 @@ NUMBERS = {
     "penalty_gap": "penalty (g(x, y) - g(x, z)): O(nu) for the forward stencil, else O(nu^2)",
     "stencil": "the order of the finite difference now in use",
     "doubts": "steps in a row at which g - nu f looked as if it had no minimum",
+    "bound": "certified bound on |estimate - dF|",
+    "accuracy": "certified bound on |y - y*(x)| where the hypergradient was taken",
+    "value_bound": "certified bound on |f(x, y) - F(x)| there",
+    "gradient": "norm of the hypergradient, or of the projected step over its size",
+    "lr": "the step size of x that was taken",
+    "trials": "step sizes tried for it",
+    "q": "g(x, y) - g(x, z), the lower gap",
+    "multiplier": "the weight of the gradient of q in the step",
 }
 """What a solver may put into `State.numbers`, and what each means."""
 

@@ -368,7 +368,7 @@ class _Search:
             "accuracy": at.error,
             "gradient": size,
             "lower_gradient": at.error * self.known["strong_convexity"],
-            "lower_error": at.slack(self.known["upper_smoothness"]),
+            "value_bound": at.slack(self.known["upper_smoothness"]),
         }
 
     def _remember(self, e: float, d: float, a: float, before: Vector | None) -> None:

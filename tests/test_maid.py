@@ -65,7 +65,7 @@ def check_certificates(problem, solver, steps):
         true = known.hypergradient(before)
         assert (y - known.lower(before)).norm() <= row["accuracy"] * (1 + 1e-9) + 1e-12
         error = abs(float(problem.upper(before, y, None)) - value(problem, before))
-        assert error <= row["lower_error"] * (1 + 1e-9) + 1e-12 * (1 + abs(row["upper"]))
+        assert error <= row["value_bound"] * (1 + 1e-9) + 1e-12 * (1 + abs(row["upper"]))
         tiny = 1e-9 * (1 + true.norm())  # rounding of closed form and estimate
         assert (p - true).norm() <= row["bound"] * (1 + 1e-9) + tiny
         assert row["bound"] <= (1 - solver.descent) * p.norm()
