@@ -61,6 +61,8 @@ def read(hint: Any, value: Any) -> Any:
         return _pick({"none": None, "null": None, "": None}, value)
     if hint is bool:
         return _pick(BOOLEANS, value)
+    if inspect.isabstract(hint):
+        raise ValueError("no word stands for it")
     made = hint(str(value))
     if isinstance(made, float) and math.isnan(made):
         raise ValueError("not a number")
@@ -77,7 +79,7 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, inside))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(describe, inside))
+        return " or ".join(describe(part) for part in inside if not inspect.isabstract(part))
     if origin in (tuple, list):
         return "words separated by spaces, in quotes where a word holds spaces"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bilevel
+from bilevel.options import parse
 from bilevel.problems.quadratic import Quadratic
 from bilevel.problems.softmax_mixture import SoftmaxMixture
 from bilevel.solvers.implicit import AID, amigo, stocbio, t1t2
@@ -401,6 +402,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(solver, tmp_path):
     again = bilevel.solve(Cubic(), solver, steps=9, checkpoints=tmp_path, resume=True)
     assert torch.equal(whole.x, again.x) and torch.equal(whole.y, again.y)
     assert whole.history == again.history and whole.counts == again.counts
+
+
+def test_a_wrong_word_for_the_linear_solver_is_a_fault():
+    """The field also takes objects, which no word of the command line can be."""
+    with pytest.raises(bilevel.InputError, match=r"one of cg, .*identity, got 'lu'\."):
+        parse(["problem=quadratic", "solver=aid", "linear=lu"])
 
 
 def test_fresh_batches_need_neumann():
