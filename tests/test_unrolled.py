@@ -11,6 +11,7 @@ from torch import nn
 import bilevel
 from bilevel import Functions, Problem
 from bilevel.linear import Neumann
+from bilevel.memory import MemoryState
 from bilevel.oracle import Oracle
 from bilevel.problems.quadratic import Quadratic
 from bilevel.problems.softmax_mixture import SoftmaxMixture
@@ -174,6 +175,29 @@ def test_equals_central_differences_of_the_unrolled_value(steps, project):
     units = torch.eye(3, dtype=torch.float64)
     true = torch.tensor([(value(e * u) - value(-e * u)) / (2 * e) for u in units]).double()
     assert torch.allclose(found["reverse"], true, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("options", "twin"),
+    [
+        ({"momentum": 0.9}, lambda y: torch.optim.SGD([y], lr=0.02, momentum=0.9)),
+        (
+            {"lower_optimizer": "adam", "betas": (0.8, 0.95), "eps": 1e-30},
+            lambda y: torch.optim.Adam([y], lr=0.02, betas=(0.8, 0.95), eps=0.0),
+        ),
+    ],
+)
+def test_functional_steps_are_those_of_torch(options, twin):
+    problem = Quadratic()
+    x, y = point(problem)
+    _, state = estimate(problem, x, y, inner_steps=6, lower_lr=0.02, **options)
+    moved = y.clone().requires_grad_()
+    optimizer = twin(moved)
+    for _ in range(6):
+        optimizer.zero_grad()
+        problem.lower(x, moved, None).backward()
+        optimizer.step()
+    assert torch.allclose(state.variables["y"].value, moved, atol=1e-12)
 
 
 @pytest.mark.parametrize("last", [1, 3, 8])
@@ -388,6 +412,47 @@ def test_constraints_of_the_lower_level_are_refused_by_darts():
 def test_iterates_of_the_lower_level_stay_in_the_box():
     result = bilevel.solve(Curved(project=True), ITD(), steps=3)
     assert all(bool((p >= -0.2).all() and (p <= 0.3).all()) for p in result.y)
+
+
+class Held(bilevel.Memory):
+    """Holds all leaves of y but the first."""
+
+    def init(self, value, generator):
+        return HeldState()
+
+
+class HeldState(MemoryState):
+    def before_step(self, step, variables):
+        for variable in variables:
+            for leaf in leaves(variable.value)[1:]:
+                leaf.requires_grad_(False)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_leaves_held_by_a_memory_strategy_are_constants_to_darts():
+    """As if they were no part of y at all."""
+    problem = Curved()
+    x, y = problem.init(torch.Generator())
+    rest = y[1].detach()
+    alone = Functions(
+        lambda x, y: problem.upper(x, [y, rest], 0.7),
+        lambda x, y: problem.lower(x, [y, rest], 1.0),
+        x,
+        y[0],
+    )
+    still = DARTS(inner_steps=0, upper_optimizer="sgd", upper_lr=1.0)
+    want = bilevel.solve(alone, still, steps=1)
+    got = bilevel.solve(problem, still, steps=1, memory=Held())
+    assert all(
+        torch.allclose(a, b, atol=1e-12) for a, b in zip(leaves(want.x), leaves(got.x), strict=True)
+    )
+    moved = bilevel.solve(problem, DARTS(), steps=2, memory=Held()).y
+    assert torch.equal(moved[1], rest) and not torch.equal(moved[0], y[0])
 
 
 def test_wrong_options_are_reported_together():

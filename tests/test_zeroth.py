@@ -8,6 +8,7 @@ from torch import nn
 
 import bilevel
 from bilevel import Functions
+from bilevel.memory import MemoryState
 from bilevel.problems.quadratic import Quadratic
 from bilevel.problems.softmax_mixture import SoftmaxMixture
 from bilevel.solvers.zeroth import ZO, replay, two_point
@@ -316,6 +317,38 @@ def test_shift_of_the_logits_of_weights_changes_nothing():
         y,
     )
     assert torch.allclose(estimate(shifted, x, y, z)[0], base, atol=1e-12)
+
+
+class Held(bilevel.Memory):
+    """Holds all leaves of y but the first."""
+
+    def init(self, value, generator):
+        return HeldState()
+
+
+class HeldState(MemoryState):
+    def before_step(self, step, variables):
+        for variable in variables:
+            for leaf in leaves(variable.value)[1:]:
+                leaf.requires_grad_(False)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_leaves_held_by_a_memory_strategy_do_not_move():
+    start = [torch.ones(2, dtype=torch.float64), torch.ones(1, dtype=torch.float64)]
+    problem = Functions(
+        lambda x, y: (y[0].sum() + y[1].sum() - 1) ** 2,
+        lambda x, y: (y[0] - x).square().sum() + (y[1] - x).square().sum(),
+        torch.zeros((), dtype=torch.float64),
+        start,
+    )
+    result = bilevel.solve(problem, ZO(warmup=0), steps=3, memory=Held())
+    assert torch.equal(result.y[1], start[1]) and not torch.equal(result.y[0], start[0])
 
 
 def test_wrong_options_are_reported_together():
