@@ -24,6 +24,12 @@ NUMBERS = {
     "gradient": "norm of the hypergradient, or of the projected step over its size",
     "lr": "the step size of x that was taken",
     "trials": "step sizes tried for it",
+    "goal": "what |grad_y g| and |H v - grad_y f| had to be brought below",
+    "tightening": "factor on the goals, halved where the upper loss rose",
+    "smoothness": "the curvature of F that the step of x assumes, one over its size",
+    "least_smoothness": "what that may not fall below",
+    "moved": "|x - x_before| of the last step",
+    "inner_steps": "the steps of y that were needed",
     "q": "g(x, y) - g(x, z), the lower gap",
     "multiplier": "the weight of the gradient of q in the step",
 }
@@ -52,7 +58,7 @@ def warnings(history: Sequence[dict[str, Any]]) -> list[str]:
         found.append(
             f"the linear system was solved only to a relative residual of "
             f"{last['linear_residual']:.2g}; raise linear_steps (inner_steps of "
-            "itd), or add damping."
+            "itd, linear_lr of single-loop methods), or add damping."
         )
     if last.get("curvature"):
         found.append(

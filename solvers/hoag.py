@@ -91,9 +91,9 @@ class HOAG(Solver):
 
     def step(self, problem: Problem, launcher: Launcher, state: State) -> State:
         state.memory.before_step(state.step, [state.variables["y"]])
-        x, before, last = state.variables["x"], state.upper, state.numbers.get("accuracy", 0.0)
+        x, before, last = state.variables["x"], state.upper, state.numbers.get("goal", 0.0)
         accuracy = self._accuracy(state)
-        state.numbers["accuracy"] = accuracy
+        state.numbers["goal"] = accuracy
         self._solve_lower(problem, launcher, state, accuracy)
         gradient = self._estimate(problem, state, accuracy)
         if state.step:
