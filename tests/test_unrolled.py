@@ -200,6 +200,19 @@ def test_functional_steps_are_those_of_torch(options, twin):
     assert torch.allclose(state.variables["y"].value, moved, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", ["reverse", "checkpointed", "forward"])
+def test_every_inner_step_draws_its_own_batch(mode):
+    problem = Curved()
+    x, y = problem.init(torch.Generator())
+    _, state = estimate(problem, x, y, inner_steps=5, lower_lr=0.1, mode=mode)
+    assert state.streams["lower"].at == 5 and state.streams["upper"].at == 1
+    for batch in (1.0, 0.5, 0.3, 1.0, 0.5):
+        g = torch.autograd.grad(problem.lower(x, y, batch), y)
+        y = [(p - 0.1 * d).detach().requires_grad_() for p, d in zip(y, g, strict=True)]
+    pairs = zip(state.variables["y"].value, y, strict=True)
+    assert all(torch.allclose(a, b, atol=1e-14) for a, b in pairs)
+
+
 @pytest.mark.parametrize("last", [1, 3, 8])
 def test_truncated_from_the_solution_is_the_neumann_series(last):
     """I10, on a problem that is not quadratic."""
