@@ -79,13 +79,48 @@ def check_certificates(problem, solver, steps):
 @given(
     quadratics,
     st.floats(1e-5, 1e-1),
+    st.sampled_from([1e-3, 1e3]),
     st.sampled_from(["gradient", "nesterov"]),
     st.sampled_from([0.001, 0.01, 1.0]),
 )
 @settings(max_examples=12)
-def test_no_certificate_is_violated(problem, accuracy, method, lr):
-    options = {"accuracy": accuracy, "linear_accuracy": accuracy, "upper_lr": lr}
+def test_no_certificate_is_violated(problem, accuracy, linear, method, lr):
+    options = {"accuracy": accuracy, "linear_accuracy": linear, "upper_lr": lr}
     check_certificates(problem, MAID(lower_method=method, tolerance=1e-2, **options), 4)
+
+
+@pytest.mark.parametrize("accuracy", [1e-1, 1e-3])
+def test_the_bound_is_that_of_the_theorem(accuracy):
+    """w = (L_f |J| / mu + |D|) e + |J| d / mu on a quadratic, with mu = 1."""
+    problem = Quadratic()
+    d, norm = problem.data(), lambda m: torch.linalg.matrix_norm(m, 2)
+    options = {"accuracy": accuracy, "linear_accuracy": accuracy}
+    taken, _ = run(problem, MAID(lower_method="gradient", **options), 3)
+    for before, _, _, _, row, y in taken:
+        r = d["C"].T @ (d["C"] @ y - d["c"]) + d["D"].T @ before
+        e, residual = row["accuracy"], row["linear_residual"] * r.norm()
+        assert e == pytest.approx(float((d["A"] @ y - d["B"] @ before - d["b"]).norm()), abs=1e-12)
+        cross, bend = norm(d["B"]), norm(d["C"].T @ d["C"])
+        want = (bend * cross + norm(d["D"])) * e + cross * residual
+        assert row["bound"] == pytest.approx(float(want), rel=1e-6)
+        assert row["value_bound"] == pytest.approx(float(r.norm() * e + bend * e**2 / 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_takes_the_first_trial_with_enough_decrease(seed):
+    """At high accuracy the line search is Armijo's on F itself; twice the step must fail."""
+    problem = Quadratic(dim_x=2, dim_y=2, condition=3.0, data_seed=seed)
+    options = {"accuracy": 1e-11, "linear_accuracy": 1e-11, "descent": 0.9, "decrease": 0.8}
+    taken, _ = run(problem, MAID(upper_lr=8.0, **options), 1)
+    ((before, p, lr, after, row, _),) = taken
+
+    def enough(lr):
+        fall = value(problem, before) - value(problem, before - lr * p)
+        return fall >= 0.8 * lr * float(p @ p)
+
+    assert enough(lr) and not enough(2 * lr)
+    assert lr == 8.0 * 0.5 ** (row["trials"] - 1)
+    assert row["upper"] == pytest.approx(value(problem, after), abs=1e-9)
 
 
 @pytest.mark.slow
