@@ -205,6 +205,49 @@ def test_the_stencil_falls_back_where_g_minus_nu_f_bends_down(curvature, falls_b
     assert float(result.x) == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.parametrize(("lower_lr", "grows"), [(0.1, True), (0.01, False)])
+def test_the_penalty_waits_for_the_lower_level(lower_lr, grows):
+    """Ten steps of gradient descent on |y - x|^2 / 2 leave (1 - lr)^10 of y's gradient."""
+    ends = [
+        bilevel.minimize(
+            lambda x, y: 0.5 * (y - 1) ** 2,
+            lambda x, y: 0.5 * (y - x) ** 2,
+            ZERO,
+            ZERO,
+            solver=Penalty(lower_lr=lower_lr, inner_steps=12, settle=settle, warmup=0),
+            steps=5,
+        ).evidence["penalty"]
+        for settle in (0.0, 0.5)
+    ]
+    assert ends == pytest.approx([10 * 1.1**5, 10 * 1.1**5 if grows else 10.0])
+
+
+def test_the_default_learns_regularization_although_y_is_never_solved():
+    """One strength a feature, mu = 0.05: growing without waiting ends above the start."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(10, generator=generator, dtype=torch.float64) * (torch.arange(10) < 5)
+    rows = torch.randn(300, 10, generator=generator, dtype=torch.float64)
+    noise = 1.5 * torch.randn(300, generator=generator, dtype=torch.float64)
+    signs = (rows @ truth + noise).sign()
+    loss = lambda y, a, b: torch.nn.functional.softplus(-signs[a:b] * (rows[a:b] @ y)).mean()  # noqa: E731
+    lower = lambda x, y: loss(y, 0, 40) + 0.5 * (x.exp() * y * y).sum()  # noqa: E731
+
+    def value(x):
+        y = torch.zeros(10, dtype=torch.float64)
+        for _ in range(8):
+            slope = torch.func.grad(lower, 1)(x, y)
+            y = y - torch.linalg.solve(torch.func.hessian(lower, 1)(x, y), slope)
+        return float(loss(y, 150, 300))
+
+    x = torch.full((10,), -3.0, dtype=torch.float64)
+    y = torch.zeros(10, dtype=torch.float64)
+    ends = [
+        value(bilevel.minimize(lambda x, y: loss(y, 150, 300), lower, x, y, solver=s, steps=150).x)
+        for s in (Penalty(upper_lr=0.03), Penalty(upper_lr=0.03, settle=0.0))
+    ]
+    assert ends[0] < 0.9 * value(x) and value(x) < ends[1]  # measured 0.311, 0.389, 1.55
+
+
 def test_x_is_held_while_the_stencil_is_in_doubt():
     moves = []
 

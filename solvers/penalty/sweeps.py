@@ -82,18 +82,22 @@ def sweep(
 
 def clip(
     problem: Problem, x: Variable, copies: Sequence[Variable], largest: float, *batches: Any
-) -> None:
+) -> list[float]:
     """Clip what each copy gathered to a norm, each by itself; 0 clips nothing.
+
+    Returns:
+        The norms before.
 
     Raises:
         NonFiniteError: If a norm is not finite.
     """
-    for copy in copies:
-        norm = finite_norm(problem, x, copy, *batches)
+    norms = [finite_norm(problem, x, copy, *batches) for copy in copies]
+    for copy, norm in zip(copies, norms, strict=True):
         gathered = [p for p in leaves(copy.value) if p.grad is not None]
         if largest and gathered:
             total = torch.tensor(norm, dtype=torch.float64).to(gathered[0])
             torch.nn.utils.clip_grads_with_norm_(gathered, largest, total)
+    return norms
 
 
 def pull(copy: Variable, centers: Sequence[Tensor], rho: float) -> None:
