@@ -111,8 +111,8 @@ def test_takes_the_first_trial_with_enough_decrease(seed):
     """At high accuracy the line search is Armijo's on F itself; twice the step must fail."""
     problem = Quadratic(dim_x=2, dim_y=2, condition=3.0, data_seed=seed)
     options = {"accuracy": 1e-11, "linear_accuracy": 1e-11, "descent": 0.9, "decrease": 0.8}
-    taken, _ = run(problem, MAID(upper_lr=8.0, **options), 1)
-    ((before, p, lr, after, row, _),) = taken
+    taken, _ = run(problem, MAID(upper_lr=8.0, **options), 2)
+    (before, p, lr, after, row, _), (_, _, next_lr, _, next_row, _) = taken
 
     def enough(lr):
         fall = value(problem, before) - value(problem, before - lr * p)
@@ -120,6 +120,7 @@ def test_takes_the_first_trial_with_enough_decrease(seed):
 
     assert enough(lr) and not enough(2 * lr)
     assert lr == 8.0 * 0.5 ** (row["trials"] - 1)
+    assert next_lr == lr * 1.25 * 0.5 ** (next_row["trials"] - 1)
     assert row["upper"] == pytest.approx(value(problem, after), abs=1e-9)
 
 
@@ -203,6 +204,24 @@ def test_certifies_a_problem_that_is_not_quadratic():
         assert abs(p - true) <= row["bound"] * (1 + 1e-9) + 1e-12
         fall = upper(before, solved(before)) - upper(after, solved(after))
         assert fall >= 0.01 * lr * p * p - 1e-12
+
+
+def test_a_rejected_trial_leaves_no_trace():
+    """With curvature exp(x) the constants of a trial are not those of where it started."""
+    scale = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64)
+    problem = Functions(
+        lambda x, y: (y.sum() - 1).square() + 0.1 * (x - 1).square(),
+        lambda x, y: 0.5 * x.exp() * (scale * y.square()).sum() - y.sum(),
+        zero,
+        torch.ones(2, dtype=torch.float64),
+    )
+    solver = MAID(upper_lr=8.0, trials=1, lower_method="gradient")
+    taken, _ = run(problem, solver, 3)
+    assert taken[0][4]["lr"] < 8.0
+    for before, _, _, _, row, y in taken:
+        gradient = before.exp() * scale * y - 1
+        assert row["accuracy"] == pytest.approx(float(gradient.norm() / before.exp()), rel=1e-9)
 
 
 def test_given_constants_cost_nothing_and_bound_alike():

@@ -129,6 +129,29 @@ def test_two_points_over_x_average_to_the_gradient_by_autograd(problem, penalty)
     assert state.counts["lower_grad"] == state.counts["upper_grad"] == 0
 
 
+@given(quadratics)
+def test_several_directions_are_averaged(problem):
+    x, y = point(problem)
+    options = {"upper_optimizer": "sgd", "upper_lr": 1.0, "warmup": 0, "spacing": 0.5}
+    ways = {"upper_gradient": "two_point", "directions": 3, "inner_steps": 1, "lower_lr": 0.01}
+    solver, launcher = ZO(**options, **ways), bilevel.Single()
+    state = solver.init(problem, bilevel.Full(), launcher, torch.Generator().manual_seed(0))
+    for name, value in (("x", x), ("y", y), ("z", y)):
+        state.variables[name].assign([value])
+    generator = torch.Generator()
+    generator.set_state(state.vectors["generator"][0])
+    seeds = [torch.randint(2**62, (3,), generator=generator, dtype=torch.int64) for _ in "yx"]
+    solver.step(problem, launcher, state)
+    d, (y1, z1) = problem.data(), (state.variables[name].value.detach() for name in "yz")
+    g = d["A"] @ y - d["B"] @ x - d["b"]
+    us = torch.stack([next(replay([y], int(seed))()) for seed in seeds[0]])
+    assert torch.allclose(z1, y - 0.01 * (us @ g) @ us / 3, atol=1e-9)
+    exact, _ = estimate(problem, x, y1, z1)
+    us = torch.stack([next(replay([x], int(seed))()) for seed in seeds[1]])
+    moved = x - state.variables["x"].value.detach()
+    assert torch.allclose(moved, (us @ exact) @ us / 3, atol=1e-8, rtol=1e-8)
+
+
 class Forward(Quadratic):
     """The quadratic, refusing any evaluation from which y could be differentiated."""
 
