@@ -195,6 +195,10 @@ def _parts(given: list[Pairs], faults: list[str]) -> tuple[dict[str, str], dict[
             parts[kind] = _make(kind, names[kind])
         except InputError as error:
             faults += error.faults
+    if "solver" in parts and "problem" in parts:
+        own = {field.name for field in dataclasses.fields(parts["solver"])}
+        wishes = {k: v for k, v in parts["problem"].solver_options.items() if k in own}
+        parts["solver"] = dataclasses.replace(parts["solver"], **wishes)
     steps = getattr(parts.get("problem"), "default_steps", Settings.steps)
     return names, parts | {"settings": Settings(steps=steps)}
 

@@ -28,7 +28,7 @@ def here(tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (["problem=quadratik"], ["unknown problem 'quadratik'; did you mean 'quadratic'?"]),
-        (["steps=3"], ["problem=NAME is missing; choices: box, "]),
+        (["steps=3"], ["problem=NAME is missing; choices: "]),
         (["llm_reweight"], ["did you mean problem=llm_reweight?", "problem=NAME is missing"]),
         ([QUADRATIC, "solver=scalbio"], ["did you mean 'scalebio'?"]),
         ([QUADRATIC, "memory=lora"], ["unknown memory 'lora'; choices: full, lisa."]),
