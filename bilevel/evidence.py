@@ -15,7 +15,8 @@ NUMBERS = {
     "linear_residual": "|H v - grad_y f| / |grad_y f|",
     "curvature": "1 if the linear solver met a direction of non-positive curvature, else 0",
     "penalty": "the penalty, 1/nu",
-    "penalty_gap": "penalty (g(x, y) - g(x, z)): O(nu) for the forward stencil, else O(nu^2)",
+    "penalty_gap": "penalty (g(x, y) - g(x, z)): O(nu) for the forward stencil, else O(nu^2); "
+    "negative for the forward one only while z is not the minimizer of g",
     "stencil": "the order of the finite difference now in use",
     "doubts": "steps in a row at which g - nu f looked as if it had no minimum",
     "bound": "certified bound on |estimate - dF|",
@@ -72,10 +73,17 @@ def warnings(history: Sequence[dict[str, Any]]) -> list[str]:
             f"the lower level is not solved: the upper loss is off by about {error:.2g}; raise "
             "inner_steps or lower_lr."
         )
-    gap = abs(last.get("penalty_gap", 0.0))
+    gap = last.get("penalty_gap", 0.0)
+    if last.get("stencil", 1) > 1:  # there either sign is bias
+        gap = abs(gap)
     if gap > SHARE * scale:
         found.append(
             f"the penalized value is off by about {gap:.2g}; raise the penalty, its growth or "
             "inner_steps."
+        )
+    if gap < -scale:
+        found.append(
+            f"the lower level is not solved: y, which also follows the upper loss, has the smaller "
+            f"lower loss (penalty_gap {gap:.2g}); raise inner_steps or lower_lr."
         )
     return found

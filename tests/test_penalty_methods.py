@@ -8,6 +8,7 @@ import torch
 import bilevel
 from bilevel import Single
 from bilevel.errors import NonFiniteError
+from bilevel.evidence import warnings
 from bilevel.problems.box import Box
 from bilevel.problems.many_minimisers import ManyMinimisers
 from bilevel.problems.nonconvex_pl import NonconvexPL
@@ -15,6 +16,7 @@ from bilevel.problems.quadratic import Quadratic
 from bilevel.problems.simplex import Simplex
 from bilevel.problems.toy import Toy
 from bilevel.solvers.penalty import VPBGD, Penalty, RecursivePenalty, accf2ba, f2ba, f2sa2, proximal
+from bilevel.solvers.penalty.sweeps import Point, Seen, bends_down
 from bilevel.tree import leaves
 
 ZERO = torch.zeros((), dtype=torch.float64)
@@ -246,6 +248,31 @@ def test_the_default_learns_regularization_although_y_is_never_solved():
         for s in (Penalty(upper_lr=0.03), Penalty(upper_lr=0.03, settle=0.0))
     ]
     assert ends[0] < 0.9 * value(x) and value(x) < ends[1]  # measured 0.311, 0.389, 1.55
+
+
+@pytest.mark.parametrize(("scaled", "bends"), [(-1.01, True), (-0.99, False), (1.01, False)])
+@pytest.mark.parametrize("rho", [0.0, 100.0])
+def test_curvature_between_copies_has_the_right_sign(scaled, bends, rho):
+    """g + w f has curvature 1 + 2 w on every segment; a prox term adds 1 / rho."""
+    y, z, b = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    g, f = (lambda v: 0.5 * (v + b).square().sum()), (lambda v: (v - b).square().sum())
+    weight = scaled * (1 + (1 / rho if rho else 0)) / 2
+    anchor, probe = (
+        Point(copy=bilevel.Variable(n, v.clone(), torch.optim.SGD), weight=w, share=0.0)
+        for n, v, w in (("y", y, -weight), ("z", z, weight))
+    )
+    (g(probe.copy.value) + weight * f(probe.copy.value)).backward()
+    seen = tuple(Seen(upper=float(f(v)), lower=float(g(v))) for v in (y, z))
+    assert bends_down(anchor, probe, seen, rho) == bends
+
+
+def test_a_gap_warns_by_its_sign():
+    """Positive: the bias of the penalty. Negative: z is behind y, told only if it outweighs f."""
+    row = {"step": 1, "upper": 2.0, "change": 1.0}
+    words = {gap: warnings([row | {"penalty_gap": gap}]) for gap in (0.1, 0.3, -0.3, -3.0)}
+    assert not words[0.1] and not words[-0.3]
+    assert warnings([row | {"penalty_gap": -0.3, "stencil": 2}])
+    assert "raise the penalty" in words[0.3][0] and "not solved" in words[-3.0][0]
 
 
 def test_x_is_held_while_the_stencil_is_in_doubt():
