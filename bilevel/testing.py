@@ -81,8 +81,10 @@ def check_solver(solver: Solver, problem: Problem, *, steps: int = 4) -> None:
     for earlier, later in itertools.pairwise(counted):
         if any(later.get(key, 0) < number for key, number in earlier.items()):
             faults.append(f"counts must not fall, got {earlier} and then {later}.")
-    if not any(counted[-1].values()):
+    if counted and not any(counted[-1].values()):
         faults.append("no oracle call was counted.")
+    if not counted and first.success:  # else it said why no step can be done
+        faults.append("no step was done, yet the status is a success.")
     if _differ(first.x, (again := solve(problem, solver, steps=steps)).x, first.y, again.y):
         faults.append("two runs with the same seed differ.")
     with tempfile.TemporaryDirectory() as folder:
