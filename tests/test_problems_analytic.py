@@ -171,6 +171,16 @@ def test_known_optimum_is_stationary_and_the_best_around(family):
 
 
 @given(nonconvex, seeds)
+def test_nonconvex_family_has_the_curvature_it_names(problem, seed):
+    """8 at y*, -4 at a quarter turn from it."""
+    x = random_x(problem, seed)
+    y, eye = problem.solution().lower(x), torch.eye(problem.dim_y, dtype=torch.float64)
+    for turn, curvature in ((0.0, 8.0), (math.pi / 2, -4.0)):
+        bend = torch.func.hessian(lambda y: problem.lower(x, y, None))(y + turn)
+        assert torch.allclose(bend, curvature * eye, atol=1e-12)
+
+
+@given(nonconvex, seeds)
 def test_descent_finds_the_minimizer_of_the_nonconvex_family(problem, seed):
     x = random_x(problem, seed)
     _, y = problem.init(torch.Generator())

@@ -44,6 +44,25 @@ def test_capped_is_a_projection(pair, share):
     assert float(slope @ room - (pair[0] - a) @ a) <= 1e-11
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 40])
+def test_capped_equals_bisection_of_its_shift(size):
+    generator = torch.Generator().manual_seed(size)
+    met = set()
+    for share in torch.linspace(0.01, 0.99, 25).tolist():
+        v = 2 * torch.randn(size, generator=generator, dtype=torch.float64)
+        low, high = 0.0, float(v.abs().max()) + 1
+        for _ in range(100):
+            middle = (low + high) / 2
+            over = float((v - middle).clamp(0, 1).sum()) > share * size
+            low, high = (middle, high) if over else (low, middle)
+        inside = v.clamp(0, 1)
+        expected = inside if float(inside.sum()) <= share * size else (v - high).clamp(0, 1)
+        got = projection.capped(v, share * size)
+        assert torch.allclose(got, expected, atol=1e-12)
+        met |= {bool((got == 1).any()), "shifted" if expected is not inside else "inside"}
+    assert size == 1 or met == {True, False, "shifted", "inside"}
+
+
 @given(vectors, st.integers(1, 8))
 def test_sparse_simplex_is_nearest_among_all_supports(v, keep):
     keep = min(keep, len(v))
