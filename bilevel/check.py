@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.errors import InputError
+from bilevel.launch import Single
 from bilevel.linear import norm
 from bilevel.memory import Full, Memory
 from bilevel.oracle import Oracle
@@ -37,8 +39,13 @@ def check(
     """
     made = find("solver", solver)() if isinstance(solver, str) else solver
     assert isinstance(made, Solver)
-    faults = options(problem, made, memory or Full())
-    return faults or probe(problem, made.order)
+    faults = options(problem, made, memory or Full()) or probe(problem, made.order)
+    if not faults:
+        try:
+            made.init(problem, memory or Full(), Single(), torch.Generator().manual_seed(0))
+        except InputError as error:
+            faults = list(error.faults)
+    return faults
 
 
 def options(problem: Problem, solver: Solver, memory: Memory) -> list[str]:

@@ -13,7 +13,14 @@ from bilevel.testing import check_problem, check_solver
 
 PROBLEMS = [name for name in plugins.names("problem") if name != "llm_reweight"]  # has its own
 SOLVERS = plugins.names("solver")
-SMALL: dict[str, dict] = {}
+SMALL: dict[str, dict] = {
+    "pruning": {"train": 60, "validation": 60, "hidden": 4},
+    "augmentation": {"train": 20, "validation": 60, "copies": 2, "trials": 1},
+    "hypercleaning": {"train": 60, "validation": 60},
+    "logistic": {"train": 60, "validation": 60},
+    "denoising": {"size": 8},
+    "few_shot": {"tasks": 3, "test_tasks": 3, "hidden": 4, "queries": 3},
+}
 """Options that keep a problem quick here."""
 
 
