@@ -48,7 +48,7 @@ class Pruning(Problem):
     decay: float = 0.001
     """Weight decay."""
     data_seed: int = 0
-    """Of the split."""
+    """Of the split and of the network before training."""
 
     def __post_init__(self) -> None:
         faults = out_of_range(
@@ -83,13 +83,20 @@ class Pruning(Problem):
         """Weights that stay."""
         return max(1, round(self.keep * (PIXELS + CLASSES) * self.hidden))
 
-    def init(self, generator: torch.Generator) -> tuple[Tree, Tree]:
+    @cached_property
+    def dense(self) -> Tree:
+        """The weights trained without masks."""
+        generator = torch.Generator().manual_seed(self.data_seed)
+
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[0] ** 0.5
 
         y = {"hidden": normal(PIXELS, self.hidden), "head": normal(self.hidden, CLASSES)}
         y |= {"bias": torch.zeros(self.hidden, dtype=torch.float64)}
-        y = self._retrain({name: torch.ones_like(y[name]) for name in LAYERS}, y)
+        return self._retrain({name: torch.ones_like(y[name]) for name in LAYERS}, y)
+
+    def init(self, generator: torch.Generator) -> tuple[Tree, Tree]:
+        y = {name: t.clone() for name, t in self.dense.items()}
         share = self.kept / float(torch.stack([y[name].abs().sum() for name in LAYERS]).sum())
         return self.project_upper({name: share * y[name].abs() for name in LAYERS}), y
 
@@ -113,7 +120,7 @@ class Pruning(Problem):
 
     def finish(self, result: Any, out: Path) -> list[str]:
         """Retrain at the decided masks; compare with magnitude and random pruning; draw masks."""
-        dense = self.init(torch.Generator().manual_seed(self.data_seed))[1]
+        dense = self.dense
         ones = {name: torch.ones_like(dense[name]) for name in LAYERS}
         draw = torch.Generator().manual_seed(self.data_seed + 1)
         random = {k: torch.rand(t.shape, generator=draw, dtype=t.dtype) for k, t in ones.items()}
