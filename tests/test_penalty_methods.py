@@ -276,10 +276,11 @@ def test_a_gap_warns_by_its_sign():
 
 
 def test_x_is_held_while_the_stencil_is_in_doubt():
-    moves = []
+    moves, apart = [], []
 
     def look(state, record):
         moves.append((record.get("doubts"), record["stencil"], float(record.get("change", 0.0))))
+        apart.append(float((state.variables["y"].value - state.variables["z"].value).detach()))
 
     solver = Penalty(penalty=0.5, warmup=0, patience=5, upper_optimizer="sgd", upper_lr=0.1)
     bilevel.minimize(
@@ -293,6 +294,7 @@ def test_x_is_held_while_the_stencil_is_in_doubt():
     )
     assert [m[:2] for m in moves[:4]] == [(1.0, 2), (2.0, 2), (3.0, 2), (4.0, 2)]
     assert not any(m[2] for m in moves[:4]) and moves[4][1] == 1 and moves[5][2] > 0
+    assert all(apart[:4]) and apart[4] == 0.0  # z begins again from y
 
 
 def test_a_probe_that_diverges_alone_is_doubted():
