@@ -141,9 +141,10 @@ class Pruning(Problem):
         drawn, axes = picture.figure(1, 2, size=(7.0, 3.6))
         names = ("learned masks", "largest weights of each layer")
         most = max(float(shown[name]["hidden"].sum(1).max()) for name in names)
-        for one, name in zip(axes, names, strict=True):
-            used = shown[name]["hidden"].sum(1).view(8, 8)
-            image = picture.image(one, used, name, cmap="viridis", vmin=0, vmax=most)
+        options = {"cmap": "viridis", "vmin": 0, "vmax": most}
+        used = [shown[name]["hidden"].sum(1).view(8, 8) for name in names]
+        image = picture.image(axes[0], used[0], names[0], **options)
+        picture.image(axes[1], used[1], names[1], **options)
         drawn.colorbar(image, ax=axes, label="weights kept of each pixel")
         return [*lines, picture.save(drawn, out / "masks.png")]
 
