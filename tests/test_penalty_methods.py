@@ -14,9 +14,11 @@ from bilevel.problems.many_minimisers import ManyMinimisers
 from bilevel.problems.nonconvex_pl import NonconvexPL
 from bilevel.problems.quadratic import Quadratic
 from bilevel.problems.simplex import Simplex
+from bilevel.problems.softmax_mixture import SoftmaxMixture
 from bilevel.problems.toy import Toy
 from bilevel.solvers.penalty import VPBGD, Penalty, RecursivePenalty, accf2ba, f2ba, f2sa2, proximal
-from bilevel.solvers.penalty.sweeps import Point, Seen, bends_down
+from bilevel.solvers.penalty.stencils import stencil
+from bilevel.solvers.penalty.sweeps import Point, Seen, bends_down, draw_in
 from bilevel.tree import leaves
 
 ZERO = torch.zeros((), dtype=torch.float64)
@@ -172,9 +174,9 @@ def test_many_minimizers_give_the_optimistic_solution_with_error_in_nu(prox):
 def test_order_2_falls_back_where_many_minimizers_leave_it_no_minimum():
     problem = ManyMinimisers(dim_x=2)
     solver = Penalty(lower_lr=0.15, max_penalty=100.0, **SGD)
-    result = bilevel.solve(problem, solver, steps=200)
+    result = bilevel.solve(problem, solver, steps=400)
     assert result.evidence["stencil"] == 1
-    assert distance(result, problem) < 0.02
+    assert distance(result, problem) < 0.005  # measured 0.0034; the bias is O(1/100)
 
 
 @pytest.mark.parametrize("name", ["order 1", "order 2", "proximal", "recursive", "joint"])
@@ -207,25 +209,41 @@ def test_the_stencil_falls_back_where_g_minus_nu_f_bends_down(curvature, falls_b
     assert float(result.x) == pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize(("lower_lr", "grows"), [(0.1, True), (0.01, False)])
-def test_the_penalty_waits_for_the_lower_level(lower_lr, grows):
-    """Ten steps of gradient descent on |y - x|^2 / 2 leave (1 - lr)^10 of y's gradient."""
-    ends = [
-        bilevel.minimize(
-            lambda x, y: 0.5 * (y - 1) ** 2,
-            lambda x, y: 0.5 * (y - x) ** 2,
-            ZERO,
-            ZERO,
-            solver=Penalty(lower_lr=lower_lr, inner_steps=12, settle=settle, warmup=0),
-            steps=5,
-        ).evidence["penalty"]
-        for settle in (0.0, 0.5)
-    ]
-    assert ends == pytest.approx([10 * 1.1**5, 10 * 1.1**5 if grows else 10.0])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_copies_are_drawn_in_where_they_belong(order):
+    """On quadratics y_j = y* + j nu d + O(nu^2): the error after is of that order, not nu."""
+    problem = Quadratic(condition=5.0)
+    x = torch.ones(3, dtype=torch.float64)
+    d = problem.data()
+
+    def exact(weight):
+        right = d["B"] @ x + d["b"] + weight * (d["C"].T @ d["c"] - d["D"].T @ x)
+        return torch.linalg.solve(d["A"] + weight * d["C"].T @ d["C"], right)
+
+    gaps = []
+    for nu in (1e-3, 5e-4):
+        points = [
+            Point(
+                copy=bilevel.Variable(str(j), exact(j * nu), torch.optim.SGD),
+                weight=j * nu / 1.1,
+                share=0.0,
+            )
+            for j in stencil(order)
+        ]
+        draw_in(points, 1 / 1.1)
+        gaps.append(max(float((p.copy.value.detach() - exact(p.weight)).norm()) for p in points))
+    assert 3.6 <= gaps[0] / gaps[1] <= 4.4
+
+
+def test_the_estimate_does_not_lag_behind_a_growing_penalty():
+    """With x held: the copies followed at a distance of 6 % until they were drawn in."""
+    x = torch.linspace(-1, 1, 4, dtype=torch.float64)
+    row = bilevel.compare(SoftmaxMixture(), [Penalty()], x=x, steps=50).rows[0]
+    assert row.error < 1e-4  # measured 8.2e-6, and 6.3e-2 without
 
 
 def test_the_default_learns_regularization_although_y_is_never_solved():
-    """One strength a feature, mu = 0.05: growing without waiting ends above the start."""
+    """One strength a feature, mu = 0.05: ten inner steps do not solve for y by far."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(10, generator=generator, dtype=torch.float64) * (torch.arange(10) < 5)
     rows = torch.randn(300, 10, generator=generator, dtype=torch.float64)
@@ -243,11 +261,9 @@ def test_the_default_learns_regularization_although_y_is_never_solved():
 
     x = torch.full((10,), -3.0, dtype=torch.float64)
     y = torch.zeros(10, dtype=torch.float64)
-    ends = [
-        value(bilevel.minimize(lambda x, y: loss(y, 150, 300), lower, x, y, solver=s, steps=150).x)
-        for s in (Penalty(upper_lr=0.03), Penalty(upper_lr=0.03, settle=0.0))
-    ]
-    assert ends[0] < 0.9 * value(x) and value(x) < ends[1]  # measured 0.311, 0.389, 1.55
+    upper = lambda x, y: loss(y, 150, 300)  # noqa: E731
+    found = bilevel.minimize(upper, lower, x, y, solver=Penalty(upper_lr=0.03), steps=150)
+    assert value(found.x) < 0.85 * value(x)  # measured 0.311 of 0.389; 1.55 without drawing in
 
 
 @pytest.mark.parametrize(("scaled", "bends"), [(-1.01, True), (-0.99, False), (1.01, False)])

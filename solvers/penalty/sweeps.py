@@ -92,10 +92,10 @@ def clip(
         NonFiniteError: If a norm is not finite.
     """
     norms = [finite_norm(problem, x, copy, *batches) for copy in copies]
-    for copy, norm in zip(copies, norms, strict=True):
+    for copy, length in zip(copies, norms, strict=True):
         gathered = [p for p in leaves(copy.value) if p.grad is not None]
         if largest and gathered:
-            total = torch.tensor(norm, dtype=torch.float64).to(gathered[0])
+            total = torch.tensor(length, dtype=torch.float64).to(gathered[0])
             torch.nn.utils.clip_grads_with_norm_(gathered, largest, total)
     return norms
 
@@ -105,6 +105,28 @@ def pull(copy: Variable, centers: Sequence[Tensor], rho: float) -> None:
     for p, center in zip(leaves(copy.value), centers, strict=True):
         if p.grad is not None:
             p.grad.add_(p.detach() - center, alpha=1 / rho)
+
+
+def draw_in(points: Sequence[Point], factor: float) -> None:
+    """Move the copies to where they belong at `factor` times their weights, to first order.
+
+        y_j <- c + factor (y_j - c),    c the copy of weight 0, or the mean of the opposite two
+
+    since y_j = y* + j nu d + O(nu^2): without it, copies lag behind a growing penalty.
+    """
+    if factor == 1.0:
+        return
+    near = sorted(points, key=lambda point: abs(point.weight))
+    middle = near[:1] if near[0].weight == 0 else near[:2]
+    columns = zip(*(leaves(point.copy.value) for point in middle), strict=True)
+    centers = [torch.stack([p.detach() for p in column]).mean(0) for column in columns]
+    for point in points:
+        point.copy.assign(
+            [
+                c.lerp(p.detach(), factor)
+                for c, p in zip(centers, leaves(point.copy.value), strict=True)
+            ]
+        )
 
 
 def bends_down(anchor: Point, probe: Point, seen: tuple[Seen, Seen], rho: float = 0.0) -> bool:

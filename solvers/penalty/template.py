@@ -17,7 +17,7 @@ from bilevel.result import Status
 from bilevel.solver import Solver, State, require
 from bilevel.solvers.penalty.extrapolation import extrapolate, restart
 from bilevel.solvers.penalty.stencils import stencil
-from bilevel.solvers.penalty.sweeps import Point, Seen, bends_down, clip, pull, sweep
+from bilevel.solvers.penalty.sweeps import Point, Seen, bends_down, clip, draw_in, pull, sweep
 from bilevel.tree import leaves
 from bilevel.variable import Variable, optimizer_by_name
 
@@ -46,9 +46,8 @@ class Penalty(Solver):
     Where its mean curvature between y and such a copy is negative, or its loss rises while that of
     y falls, x is held; after `patience` such steps in a row the stencil becomes the forward one.
 
-    The penalty grows by `growth` after every upper step in which the inner loop brings the gradient
-    of y down to `settle` of its norm: an error of the copies counts times the penalty, so a lower
-    level that is not solved, or whose gradients are noise, keeps the penalty low.
+    When the penalty grows the copies are drawn in, y_j <- c + (nu'/nu) (y_j - c) about their center
+    c, where they belong to first order; without it they lag behind a growing penalty.
 
     With `prox` the copies minimize g + nu_j f + |y_j - w_j|^2 / 2 prox, and every upper step moves
     the centers, w <- (1 - center_rate) w + center_rate y: for lower levels that are not strongly
@@ -58,7 +57,7 @@ class Penalty(Solver):
     Optimization, 2023 (order 1); Chen, Ma, Zhang, 2306.14853 (several inner steps, momentum);
     Chen, Li, Chayti, Zhang, 2509.02937 (order p, normalized); Kwon, Kwon, Wright, Nowak, 2309.01753
     (prox centers); Pan et al., ScaleBiO, ACL 2025 (one inner step, Adam). Deviations: scaled form
-    g + nu f, the same batches for all copies, x held for `warmup` steps, when the penalty grows,
+    g + nu f, the same batches for all copies, x held for `warmup` steps, drawing in,
     the fallback.
     """
 
@@ -69,10 +68,7 @@ class Penalty(Solver):
     penalty: float = 10.0
     """The penalty at the start (alpha, lambda or 1/nu in the literature)."""
     growth: float = 1.1
-    """Factor on the penalty after an upper step that moves x and settles y."""
-    settle: float = 0.5
-    """Share of its norm at which y's gradient must end an upper step for the penalty to grow; 0
-    always lets it grow, as does a single inner step, where there is nothing to compare."""
+    """Factor on the penalty after every upper step that moves x."""
     max_penalty: float = 0.0
     """Cap of the penalty; 0 takes the dtype's: 1e6 float64, 1e3 float32, 1e2 bfloat16."""
     inner_steps: int = 10
@@ -107,7 +103,7 @@ class Penalty(Solver):
     """Stop when the largest change of an entry of x in one step is below this; 0 never stops."""
 
     def __post_init__(self) -> None:
-        names = ("warmup", "ramp", "max_penalty", "clip", "tolerance", "prox", "patience", "settle")
+        names = ("warmup", "ramp", "max_penalty", "clip", "tolerance", "prox", "patience")
         require(
             self,
             penalty="positive",
@@ -140,7 +136,6 @@ class Penalty(Solver):
         if moves and self.momentum:
             extrapolate(state, self.momentum)
         first: list[Seen] = []
-        norms: list[float] = []
         for inner in range(self.inner_steps):
             last = inner == self.inner_steps - 1
             batches = next(state.streams["upper"]), next(state.streams["lower"])
@@ -153,13 +148,12 @@ class Penalty(Solver):
             if self.prox:
                 for copy in copies:
                     pull(copy, state.vectors[f"center of {copy.name}"], self.prox)
-            norms.append(clip(problem, x, copies, self.clip, *batches)[0])
+            clip(problem, x, copies, self.clip, *batches)
             if last and moves:
                 self._move(launcher, state, copies)
             else:
                 launcher.step(copies)
-        settled = not self.settle or len(norms) == 1 or norms[-1] <= self.settle * norms[0]
-        self._finish(state, copies, grows=moves and settled)
+        self._finish(state, copies, moved=moves)
         return state
 
     def terminate(self, state: State) -> Status | None:
@@ -208,15 +202,16 @@ class Penalty(Solver):
         if self.momentum:
             restart(state, self.restart)
 
-    def _finish(self, state: State, copies: list[Variable], *, grows: bool) -> None:
+    def _finish(self, state: State, copies: list[Variable], *, moved: bool) -> None:
         """What follows an upper step: centers, penalty, and the fallback of the stencil."""
         for copy in copies if self.prox else []:
             centers = state.vectors[f"center of {copy.name}"]
             for center, p in zip(centers, leaves(copy.value), strict=True):
                 center.lerp_(p.detach(), self.center_rate)
-        if grows:
-            cap = self._cap(copies[0])
-            state.numbers["penalty"] = min(state.numbers["penalty"] * self.growth, cap)
+        if moved and self.growth > 1:
+            before = state.numbers["penalty"]
+            state.numbers["penalty"] = min(before * self.growth, self._cap(copies[0]))
+            draw_in(self._points(state), before / state.numbers["penalty"])
         if self.patience and state.numbers.get("doubts", 0.0) >= self.patience:
             z = copies[1]
             z.assign(_copy(copies[0]))
