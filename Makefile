@@ -29,6 +29,8 @@ test-gpu: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/weights_quality.py
 
 clean:
