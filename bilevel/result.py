@@ -20,9 +20,14 @@ class Status(Enum):
         "Lower the step sizes or the penalty, or mend the data."
     )
 
+    DIVERGED = (
+        "The losses grew beyond all bounds: the answer is of no use. "
+        "Lower the step sizes, first that of y to below 2 over the largest curvature of g."
+    )
+
     @property
     def success(self) -> bool:
-        return self is not Status.NONFINITE
+        return self not in (Status.NONFINITE, Status.DIVERGED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,9 @@ from bilevel.result import Result, Status
 from bilevel.solver import Solver, State
 from bilevel.tree import Value, named_leaves
 
+GROWTH = 1e10
+"""Above it, relative to the first step's losses or to 1, a run has diverged."""
+
 Callback = Callable[[State, dict[str, Any]], None]
 """Called after every step with the state and the step's record; may raise StopIteration."""
 
@@ -96,7 +99,7 @@ def solve(
         except NonFiniteError as error:
             status, found = Status.NONFINITE, f"Step {state.step + 1}: {error}. "
             break
-        ended = solver.terminate(state)
+        ended = Status.DIVERGED if _diverged(state, history) else solver.terminate(state)
         record = _record(problem, state)
         history.append(record)
         try:
@@ -104,6 +107,9 @@ def solve(
                 callback(state, record)
         except StopIteration:
             ended = Status.STOPPED
+        if ended is Status.DIVERGED:  # the last checkpoint is better than this
+            status, found = ended, f"After step {state.step}: "
+            break
         if ended is not None or state.step == steps or state.step % checkpoint_every == 0:
             if bad := _not_finite(state):
                 status, found = Status.NONFINITE, f"After step {state.step}: {bad}. "
@@ -217,6 +223,14 @@ def _record(problem: Problem, state: State) -> dict[str, Any]:
         **state.numbers,
         **values,
     }
+
+
+def _diverged(state: State, history: list[dict[str, Any]]) -> bool:
+    """Whether a loss is larger than the first by ten orders of magnitude."""
+    if not history:
+        return False
+    pairs = ((getattr(state, level), history[0][level]) for level in ("upper", "lower"))
+    return any(abs(now) > GROWTH * max(1.0, abs(first)) for now, first in pairs)
 
 
 def _not_finite(state: State) -> str:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bilevel
+from bilevel.descent import descend
 from bilevel.options import parse
 from bilevel.problems.quadratic import Quadratic
 from bilevel.problems.softmax_mixture import SoftmaxMixture
@@ -413,3 +414,37 @@ def test_a_wrong_word_for_the_linear_solver_is_a_fault():
 def test_fresh_batches_need_neumann():
     with pytest.raises(bilevel.InputError, match="batches=fresh"):
         stocbio(linear="cg")
+
+
+def test_divergence_is_not_called_a_success(tmp_path):
+    """The step of y is 2.5 times what is stable: losses grow by 16 a step, yet stay finite."""
+    result = bilevel.solve(
+        Quadratic(condition=1.0),
+        AID(inner_steps=1, lower_lr=5.0, upper_lr=1e-6),
+        steps=400,
+        checkpoints=tmp_path,
+        checkpoint_every=5,
+    )
+    assert result.status is bilevel.Status.DIVERGED and not result.success
+    assert result.message.startswith(f"After step {result.nit}: The losses grew")
+    newest = max(int(p.name.split("-")[1]) for p in tmp_path.iterdir())
+    assert result.nit - 5 <= newest < result.nit
+
+
+@pytest.mark.parametrize("step", ["1/L", "2/(mu+L)"])
+@given(quadratics, st.integers(1, 30))
+def test_inner_descent_contracts_at_its_rate(step, problem, steps):
+    """I12: |y_t - y*| <= rho^t |y_0 - y*|, rho = 1 - mu/L or (kappa - 1)/(kappa + 1)."""
+    spectrum = torch.linalg.eigvalsh(problem.data()["A"])
+    mu, large = float(spectrum[0]), float(spectrum[-1])
+    lr, rho = {
+        "1/L": (1 / large, 1 - mu / large),
+        "2/(mu+L)": (2 / (mu + large), (large - mu) / (large + mu)),
+    }[step]
+    solver, launcher = AID(lower_lr=lr), bilevel.Single()
+    state = solver.init(problem, bilevel.Full(), launcher, torch.Generator())
+    x, y = state.variables["x"].value, state.variables["y"]
+    star = problem.solution().lower(x.detach())
+    before = (y.value.detach() - star).norm()
+    descend(problem, launcher, state, steps=steps)
+    assert (y.value.detach() - star).norm() <= rho**steps * before * (1 + 1e-9) + 1e-12
