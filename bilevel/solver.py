@@ -119,6 +119,25 @@ def require(solver: Solver, **ranges: str) -> None:
         raise InputError(faults)
 
 
+def ignored(solver: Solver, key: str, needs: dict[str, tuple[Any, ...]]) -> list[str]:
+    """Sentences on options that were given, yet have no effect with this value of field `key`.
+
+    Args:
+        solver: A dataclass.
+        key: The field that decides.
+        needs: For each option the values of `key` with which it is read.
+    """
+    assert is_dataclass(solver)
+    defaults = {f.name: f.default for f in fields(solver)}
+    value = getattr(solver, key)
+    return [
+        f"solver.{name}={getattr(solver, name)} has no effect with {key}={value}; it is read with "
+        f"{' or '.join(f'{key}={other}' for other in others)}. Leave it out."
+        for name, others in needs.items()
+        if getattr(solver, name) != defaults[name] and value not in others
+    ]
+
+
 def finite_loss(
     name: str, loss: Tensor, problem: Problem, x: Variable, y: Variable, batch: Any
 ) -> float:

@@ -24,7 +24,7 @@ from bilevel.memory import Memory
 from bilevel.oracle import Curvature, Oracle, Vector
 from bilevel.problem import Problem, constrained
 from bilevel.result import Status
-from bilevel.solver import Solver, State, require
+from bilevel.solver import Solver, State, ignored, require
 from bilevel.variable import optimizer_by_name
 
 Name = Literal["cg", "minres", "neumann", "nystrom", "fisher", "identity"]
@@ -39,6 +39,15 @@ LINEAR: dict[str, Callable[[AID], LinearSolver]] = {
     "nystrom": lambda s: Nystrom(rank=s.linear_steps, damping=s.damping or 0.01),
     "identity": lambda s: Identity(scale=s.linear_lr or s.lower_lr),
 }
+
+
+NEEDS = {
+    "linear_tolerance": ("cg", "minres"),
+    "linear_lr": ("neumann", "identity"),
+    "linear_momentum": ("neumann",),
+    "damping": ("cg", "minres", "nystrom", "fisher"),
+}
+"""Options that only some linear solvers read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +112,8 @@ class AID(Solver):
                 "batches=fresh needs linear=neumann, whose terms need not agree on H, got "
                 f"linear={self.linear}."
             )
+        if faults := ignored(self, "linear", NEEDS):
+            raise InputError(faults)
 
     def init(
         self, problem: Problem, memory: Memory, launcher: Launcher, generator: torch.Generator

@@ -241,7 +241,7 @@ def test_identity_can_point_uphill():
         lambda x, y: y @ r, lambda x, y: 0.5 * y @ (h * y) + x.sum() * y.sum(), zero, 0 * h
     )
     for linear, expected in (("cg", -0.8), ("identity", 1.0)):
-        got, _ = estimate(problem, zero, 0 * h, linear=linear, linear_lr=1.0)
+        got, _ = estimate(problem, zero, 0 * h, linear=linear, lower_lr=1.0)
         assert float(got) == pytest.approx(expected, abs=1e-12)
 
 
@@ -448,3 +448,16 @@ def test_inner_descent_contracts_at_its_rate(step, problem, steps):
     before = (y.value.detach() - star).norm()
     descend(problem, launcher, state, steps=steps)
     assert (y.value.detach() - star).norm() <= rho**steps * before * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"linear_lr": 0.1}, "solver.linear_lr=0.1 has no effect with linear=cg"),
+        ({"linear": "neumann", "damping": 0.1}, "read with linear=cg or linear=minres"),
+        ({"linear": "identity", "linear_tolerance": 1e-3}, "Leave it out"),
+    ],
+)
+def test_an_option_without_effect_is_refused(options, words):
+    with pytest.raises(bilevel.InputError, match=words):
+        AID(**options)

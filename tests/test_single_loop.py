@@ -376,5 +376,5 @@ def test_what_cannot_work_is_refused():
 
 def test_a_diverging_run_ends_with_the_last_finite_values():
     result = bilevel.solve(Quadratic(condition=30.0), saba(lower_lr=10.0), steps=2000)
-    assert result.status is bilevel.Status.NONFINITE
+    assert result.status is bilevel.Status.DIVERGED
     assert bool(result.x.isfinite().all()) and bool(result.y.isfinite().all())
