@@ -129,7 +129,7 @@ def solve(
         counts=dict(state.counts),
         history=history,
         evidence=dict(state.numbers),
-        warnings=evidence.warnings(history),
+        warnings=evidence.warnings(history) if status.success else [],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,22 +44,27 @@ class SingleLoop(Solver):
       new - stored + mean(stored); the first step visits all pieces;
     - `sarah`: on one random piece each at this and at the last iterate, as
       last + new - old, restarted by a visit to all pieces every `period` steps; two calls of every
-      oracle a step.
+      oracle a step;
+    - `growing`: the mean over b random pieces each, b = 2 at first. Where the norm test
+      var(d_x) / b <= theta^2 |d_x|^2 fails, b grows to what would pass it, up to all pieces.
 
     Reference: Dagreou, Ablin, Vaiter, Moreau, A framework for bilevel optimization that enables
     stochastic and global variance reduction algorithms, 2022 (2201.13409) for SOBA and SABA;
     Dagreou, Moreau, Vaiter, Ablin, A lower bound and a near-optimal algorithm for bilevel empirical
     risk minimization, 2023 (2302.08766) for SRBA; Chen, Xiao, Balasubramanian, Optimal algorithms
     for stochastic bilevel optimization under relaxed smoothness conditions, 2023 (2306.12067) for
-    the momentum. Deviations: v has the opposite sign to the papers; it is not projected on a ball;
-    h starts at the first d_x; y and x may move by any optimizer; saga keeps no running mean, so
-    that nothing drifts.
+    the momentum; Byrd, Chin, Nocedal, Wu, Sample size selection in optimization methods for machine
+    learning, 2012, for the norm test. Deviations: v has the opposite sign to the papers; it is not
+    projected on a ball; h starts at the first d_x; y and x may move by any optimizer; saga keeps no
+    running mean, so that nothing drifts.
     """
 
     order: ClassVar[int] = 2
 
-    estimator: Literal["plain", "saga", "sarah"] = "plain"
-    """From what the directions are made: a batch, or a piece with a memory of what came before."""
+    estimator: Literal["plain", "saga", "sarah", "growing"] = "plain"
+    """From what the directions are made: a batch, a piece with a memory, or ever more pieces."""
+    theta: float = 0.5
+    """Relative noise of the direction of x that growing allows."""
     momentum: float = 0.0
     """Weight of the past in the direction of x."""
     decay: float = 0.0
@@ -82,7 +88,9 @@ class SingleLoop(Solver):
 
     def __post_init__(self) -> None:
         names = ("decay", "period", "linear_lr", "tolerance")
-        require(self, momentum="in [0, 1)", **dict.fromkeys(names, "non-negative"))
+        require(
+            self, momentum="in [0, 1)", theta="positive", **dict.fromkeys(names, "non-negative")
+        )
 
     def init(
         self, problem: Problem, memory: Memory, launcher: Launcher, generator: torch.Generator
@@ -100,7 +108,7 @@ class SingleLoop(Solver):
     def step(self, problem: Problem, launcher: Launcher, state: State) -> State:
         x, y = state.variables["x"], state.variables["y"]
         state.memory.before_step(state.step, [y])
-        terms = {"plain": _plain, "saga": _saga, "sarah": _sarah}[self.estimator]
+        terms = ESTIMATORS[self.estimator]
         lower, upper = terms(_Evaluation(self, problem, state))
         along_y, along_v, along_x = directions(lower, upper)
         v = state.vectors["v"]
@@ -265,9 +273,39 @@ def _sarah(at: _Evaluation) -> list[Terms]:
     return estimates
 
 
+def _growing(at: _Evaluation) -> list[Terms]:
+    """The mean of `batch` pieces of each level, all of them once that reaches their number."""
+    state, levels = at.state, list(at.levels())
+    most = max(len(stream.pieces) for _, _, stream in levels)
+    size = int(state.numbers.setdefault("batch", float(min(2, most))))
+    samples = [
+        [terms(piece) for piece in stream.pieces]
+        if size >= len(stream.pieces)
+        else [terms(next(stream)[1]) for _ in range(size)]
+        for _, terms, stream in levels
+    ]
+    estimates = [_mean(own) for own in samples]
+    if size < most:
+        pairs = zip(samples[0], samples[1], strict=False)
+        drawn = [directions(lower, upper)[2] for lower, upper in pairs]
+        center = directions(*estimates)[2]
+        spread = sum(norm(plus(d, center, -1.0)) ** 2 for d in drawn) / max(1, len(drawn) - 1)
+        wanted = spread / max((at.solver.theta * norm(center)) ** 2, 1e-300)
+        state.numbers["batch"] = float(min(most, max(size, math.ceil(min(wanted, most)))))
+    return estimates
+
+
 def _mean(terms: Sequence[Terms]) -> Terms:
     columns = [torch.stack(column).mean(0) for column in zip(*map(_flat, terms), strict=True)]
     return _shaped(columns, terms[0])
+
+
+ESTIMATORS: dict[str, Callable[[_Evaluation], list[Terms]]] = {
+    "plain": _plain,
+    "saga": _saga,
+    "sarah": _sarah,
+    "growing": _growing,
+}
 
 
 def _flat(terms: Terms) -> Vector:

@@ -1,5 +1,7 @@
 """Single-loop methods against dense recursions, enumeration over pieces and closed forms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -242,6 +244,21 @@ def test_variance_reduction_reaches_the_optimum_of_a_finite_sum(make):
     assert (result.x - optimum).norm() <= 1e-6
     noisy = bilevel.solve(problem, SingleLoop(upper_lr=0.05, lower_lr=0.2), steps=600)
     assert (noisy.x - optimum).norm() > 1e-3  # what constant steps without memory leave
+
+
+def test_batches_grow_as_the_norm_test_asks():
+    """Constant steps arrive once all pieces are in; before, only as many as the noise needs."""
+    problem, sizes = FiniteSum(), []
+
+    def watch(state, record):
+        sizes.append(record["batch"])
+
+    solver = SingleLoop(estimator="growing", upper_lr=0.05, lower_lr=0.2)
+    result = bilevel.solve(problem, solver, steps=600, callbacks=[watch])
+    assert (result.x - problem.whole_problem.solution().x).norm() <= 1e-6
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == 4  # of 4 and 3 pieces
+    loose = bilevel.solve(problem, replace(solver, theta=1e3), steps=5)
+    assert loose.evidence["batch"] == 2 and loose.counts["lower_grad"] == 10
 
 
 @pytest.mark.parametrize("make", PRESETS.values(), ids=PRESETS)
