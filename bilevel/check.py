@@ -143,8 +143,12 @@ def _projection(problem: Problem, level: str, value: Value) -> list[str]:
             pairs = list(zip(leaves(once), leaves(twice), leaves(value), strict=True))
         except Exception as error:
             return [f"project_{level} failed at the start: {type(error).__name__}: {error}"]
-    if any(a.shape != v.shape or a.dtype != v.dtype for a, _, v in pairs):
-        return [f"project_{level} must keep shape and dtype."]
+    if any(
+        not isinstance(a, Tensor) or a.shape != v.shape or a.dtype != v.dtype for a, _, v in pairs
+    ):
+        return [f"project_{level} must keep structure, shape and dtype."]
+    if not all(bool(a.isfinite().all()) for a, _, _ in pairs):
+        return [f"project_{level} is not finite at the start."]
     # 1e-5 in single precision, 1e-12 in double: a few units of rounding in the worst projections
     if any(
         (a - b).abs().max() > 100 * torch.finfo(a.dtype).eps * (1 + a.abs().max())

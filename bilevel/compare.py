@@ -12,7 +12,7 @@ from bilevel.errors import InputError
 from bilevel.hypergradient import Estimates, Hypergradient, hypergradient
 from bilevel.linear import norm
 from bilevel.oracle import Vector
-from bilevel.plugins import names
+from bilevel.plugins import find, names
 from bilevel.problem import Problem
 from bilevel.solver import Solver
 from bilevel.tree import Value, dot
@@ -82,7 +82,7 @@ class Comparison:
 
 def compare(
     problem: Problem,
-    methods: Sequence[str | Solver] = (),
+    methods: str | Sequence[str | Solver] = (),
     *,
     x: Value | None = None,
     steps: int = 100,
@@ -104,6 +104,12 @@ def compare(
     """
     if x is None:
         x = problem.init(torch.Generator().manual_seed(seed))[0]
+    if steps < 1:
+        raise InputError(f"steps must be at least 1, got steps={steps}.")
+    methods = [methods] if isinstance(methods, str) else methods
+    for name in methods:
+        if isinstance(name, str):
+            find("solver", name)  # an unknown one is told before anything is computed
     reference = hypergradient(problem, x, seed=seed)
     rows = [
         _row(problem, x, method, reference.value, steps=steps, seed=seed)

@@ -9,6 +9,7 @@ RESIDUAL = 0.1  # relative; the error of a hypergradient is about as large
 SHARE = 0.1  # of the largest upper loss seen
 
 NUMBERS = {
+    "honest_upper": "f(x, y*(x)), the lower level solved again at the final x",
     "change": "largest change of an entry of x in the last step",
     "lower_gradient": "|grad_y g| where the hypergradient was taken",
     "lower_error": "|<v, grad_y g>|, the first-order estimate of f(x, y) - f(x, y*(x))",
@@ -43,14 +44,19 @@ def warnings(history: Sequence[dict[str, Any]]) -> list[str]:
     Args:
         history: The records of a run, which hold the solver's numbers.
 
-    >>> warnings([{"step": 1, "upper": 1.0, "change": 0.0}])[0][:14]
+    >>> warnings([{"step": i, "upper": 1.0, "change": 0.0} for i in (1, 2)])[0][:14]
     'x never moved:'
     """
     if not history:
         return []
     last, found = history[-1], []
     changes = [row["change"] for row in history if "change" in row]
-    if changes and not any(changes):
+    if not changes:
+        found.append(
+            "no step has moved x: all were within the solver's warm-up. Allow more steps, or lower "
+            "warmup."
+        )
+    elif len(changes) > 1 and not any(changes):
         found.append(
             "x never moved: its gradient was zero at every step. Check that a loss depends on x, "
             "raise upper_lr, or choose a method that sees x through the lower level."

@@ -72,7 +72,8 @@ class Single(Launcher):
         return self.variable(name, clone(original.value), optimizer, original.project)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        if loss.requires_grad:  # not where it depends on nothing that gathers now
+            loss.backward()
 
     def step(self, variables: Sequence[Variable]) -> None:
         for variable in variables:

@@ -73,6 +73,8 @@ class Problem(ABC):
     """The solver of the command line when none is named."""
     default_steps: ClassVar[int] = 200
     """The upper steps of the command line when none are given."""
+    probed: ClassVar[bool] = True
+    """Whether the command line evaluates both losses at the start first, to find their faults."""
     solver_options: ClassVar[dict[str, Any]] = {}
     """Options of the command line, where its solver has them and they are not given."""
 

@@ -46,7 +46,10 @@ def resolve(
     tolerance: float = 1e-8,
     steps: int = 2000,
 ) -> Lower:
-    """y*(x) = argmin_y g(x, y) on all data, to |grad_y g| <= tolerance max(1, |grad_y g| at start).
+    """y*(x) = argmin_y g(x, y) on all data, whatever the scale of g.
+
+    Solved means that the gradient fell by `tolerance`, or that a Newton step is shorter than that,
+    relative to 1 + |y|; where Y is constrained, that a projected gradient step of size 1 is.
 
     A penalty method's own y is trained partly on the upper loss and flatters itself; reports and
     comparisons use this one. SciPy's L-BFGS, then a few Newton steps; where Y is constrained,
@@ -56,7 +59,7 @@ def resolve(
         problem: Whose lower level is solved, on the batches of `Problem.whole`.
         x: Upper variable.
         y: Start; the problem's own without it. It stays as it is.
-        tolerance: Of the gradient, relative to the start but at least absolute.
+        tolerance: Relative, as above.
         steps: Most iterations.
 
     Raises:
@@ -82,12 +85,15 @@ def resolve(
             f"the lower loss is {start.value} with a gradient of norm {norm(start.y)} where "
             "resolve starts; pass a finite start y."
         )
-    goal = tolerance * max(1.0, norm(start.y))
+    goal = tolerance * norm(start.y)
     if constrained(problem, "lower"):
+        goal = tolerance * max(1.0, norm(start.y))
         size = _projected(problem, oracle, x, y, batch, goal, steps)
+        converged = size <= goal
     else:
         _lbfgs(oracle, x, y, batch, goal, steps)
-        size = _newton(oracle, x, y, batch, goal)
+        size, short = _newton(oracle, x, y, batch, goal, tolerance)
+        converged = size <= goal or short
     with torch.no_grad():
         parts = [problem.upper(x, y, part) for part in problem.split(upper_batch)]
     return Lower(
@@ -96,7 +102,7 @@ def resolve(
         upper=float(sum(map(float, parts))),
         gradient=size,
         gradients=oracle.counts["lower_grad"],
-        converged=size <= goal,
+        converged=converged,
     )
 
 
@@ -115,12 +121,17 @@ def _lbfgs(oracle: Oracle, x: Value, y: Value, batch: object, goal: float, steps
     _unpack(found.x, leaves(y))
 
 
-def _newton(oracle: Oracle, x: Value, y: Value, batch: object, goal: float) -> float:
-    """Newton steps by conjugate gradients while they lower the gradient; returns its norm."""
+def _newton(
+    oracle: Oracle, x: Value, y: Value, batch: object, goal: float, tolerance: float
+) -> tuple[float, bool]:
+    """Newton steps by conjugate gradients while they lower the gradient.
+
+    Returns its norm, and whether the last step was shorter than tolerance (1 + |y|).
+    """
     here = oracle.lower(x, y, batch)
-    size = norm(here.y)
+    size, short = norm(here.y), False
     for _ in range(POLISH):
-        if size <= goal:
+        if size <= goal or short:
             break
         try:
             bend = oracle.curvature(x, y, batch)
@@ -130,13 +141,15 @@ def _newton(oracle: Oracle, x: Value, y: Value, batch: object, goal: float) -> f
         if result.status is LinearStatus.CURVATURE:
             break
         before = [p.detach().clone() for p in leaves(y)]
+        eps = max(torch.finfo(p.dtype).eps for p in before)
+        short = norm(result.solution) <= max(tolerance, 100 * eps) * (1 + norm(before))
         _assign(y, [p - v for p, v in zip(before, result.solution, strict=True)])
         here = oracle.lower(x, y, batch)
         if not norm(here.y) < size:
             _assign(y, before)
             break
         size = norm(here.y)
-    return size
+    return size, short
 
 
 def _projected(

@@ -19,12 +19,16 @@ from typing import Any, TextIO
 import yaml
 
 from bilevel import checkpoint, fields, plugins
+from bilevel.check import probe
 from bilevel.errors import InputError
 from bilevel.options import CHOICES, KINDS, Options, help_text, parse
 from bilevel.problem import Problem
 from bilevel.result import Result
-from bilevel.solve import solve, start
+from bilevel.solve import audited, solve, start
 from bilevel.solver import State
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+"""Ctrl-C, and what schedulers send before they take a machine away."""
 
 USAGE = """usage: python -m bilevel.run problem=NAME [solver=NAME] [memory=NAME] [KEY=VALUE ...]
 
@@ -63,6 +67,8 @@ def _main(arguments: list[str]) -> int:
     options = parse(words)
     settings = options.settings
     out = _place(options)
+    if options.problem.probed and (faults := probe(options.problem, options.solver.order)):
+        raise InputError(faults)
     notes = options.problem.prepare() + options.solver.notes(options.problem)
     parts = {"seed": settings.seed, "memory": options.memory, "launcher": options.launcher}
     state = start(options.problem, options.solver, **parts)
@@ -94,6 +100,8 @@ def _main(arguments: list[str]) -> int:
                 kept = checkpoint.latest(out / "checkpoints")
                 print(f"failed: {result.message} Last finite checkpoint: {kept}", file=sys.stderr)
                 return 1
+            if type(options.problem).finish is Problem.finish:
+                result = audited(options.problem, result)
             print("\n".join(options.problem.finish(result, out)))
     except KeyboardInterrupt:
         step = _step(checkpoint.latest(out / "checkpoints"))
@@ -255,14 +263,14 @@ class _Progress:
 
             self.bar = tqdm(total=self.steps, initial=self.done, unit="step", dynamic_ncols=True)
         try:
-            self.before = signal.signal(signal.SIGINT, self._interrupt)
+            self.before = {s: signal.signal(s, self._interrupt) for s in STOPS}
         except ValueError:  # not in the main thread, where Ctrl-C does not arrive
-            self.before = None
+            self.before = {}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        for stop, handler in self.before.items():
+            signal.signal(stop, handler)
         if self.bar is not None:
             self.bar.close()
 
@@ -278,7 +286,8 @@ class _Progress:
     def _interrupt(self, *signal_and_frame: object) -> None:
         """The first Ctrl-C lets the step end and be saved, the second ends it at once."""
         self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for stop in STOPS:
+            signal.signal(stop, signal.default_int_handler)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from bilevel.launch import Launcher, Single
 from bilevel.memory import Full, Memory
 from bilevel.plugins import find
 from bilevel.problem import Functions, Problem
+from bilevel.resolve import resolve
 from bilevel.result import Result, Status
 from bilevel.solver import Solver, State
-from bilevel.tree import Value, named_leaves
+from bilevel.tree import Value, leaves, named_leaves
 
-GROWTH = 1e10
-"""Above it, relative to the first step's losses or to 1, a run has diverged."""
+AUDIT = 500
+"""Most iterations of the solve that checks a result: less than a usual run spends."""
+
+GROWTH = 1e20
+"""Above it, relative to the first losses or to 1, a run has diverged; some recover from 1e15."""
 
 Callback = Callable[[State, dict[str, Any]], None]
 """Called after every step with the state and the step's record; may raise StopIteration."""
@@ -67,10 +72,12 @@ def solve(
     3
     """
     faults = [
-        f"{name} must be at least 1, got {name}={number}."
+        f"{name} must be a whole number of at least 1, got {name}={number!r}."
         for name, number in (("steps", steps), ("checkpoint_every", checkpoint_every))
-        if number < 1
+        if not isinstance(number, int) or number < 1
     ]
+    if not isinstance(problem, Problem):
+        faults.append(f"problem must be a bilevel.Problem, got {type(problem).__name__}.")
     folder = Path(checkpoints) if checkpoints else None
     newest = checkpoint.latest(folder) if folder else None
     if newest and not resume:
@@ -80,7 +87,7 @@ def solve(
     solver, launcher = _solver(solver), launcher or Single()
     state = state or start(problem, solver, seed=seed, memory=memory, launcher=launcher)
     history: list[dict[str, Any]] = []
-    marks = {"seed": seed, **(fingerprint or {})}
+    marks = {"seed": seed, **_identity(solver, state), **(fingerprint or {})}
     if newest is not None:
         saved = checkpoint.load(newest, fingerprint=marks)
         history = saved.pop("history")
@@ -205,13 +212,57 @@ def minimize(
     if faults := options(problem, solver, Full()) or probe(problem, solver.order):
         raise InputError(faults)
     callbacks = [callback] if callback else []
-    return solve(problem, solver, steps=steps, seed=seed, callbacks=callbacks)
+    return audited(problem, solve(problem, solver, steps=steps, seed=seed, callbacks=callbacks))
+
+
+def audited(problem: Problem, result: Result) -> Result:
+    """The result with its upper loss held against that of the lower level solved again.
+
+    Adds `honest_upper`, f(x, y*(x)) as `resolve` finds it from the solver's y, to the evidence, and
+    a warning where the solver's own upper loss differs from it by more than a tenth.
+    """
+    if not result.success:
+        return result
+    try:
+        lower = resolve(problem, result.x, result.y, steps=AUDIT)
+    except (InputError, ArithmeticError):
+        return result
+    honest, own = lower.upper, result.upper
+    found = list(result.warnings)
+    if lower.converged and abs(honest - own) > 0.1 * max(abs(honest), abs(own), 1e-12):
+        found.append(
+            f"the upper loss is {own:.3g} at the solver's own y, and {honest:.3g} where the lower "
+            "level is solved: x may be wrong. Raise inner_steps or lower_lr, or try solver=auto."
+        )
+    elif not lower.converged:
+        found.append(
+            f"the lower level could not be solved at the final x (|grad_y g| is still "
+            f"{lower.gradient:.2g}): has it a minimizer, and is it scaled?"
+        )
+    evidence = {**result.evidence, "honest_upper": honest}
+    return replace(result, evidence=evidence, warnings=found)
 
 
 def _solver(solver: Solver | str) -> Solver:
     found = find("solver", solver)() if isinstance(solver, str) else solver
-    assert isinstance(found, Solver)
+    if not isinstance(found, Solver):
+        came = found.__name__ if isinstance(found, type) else type(found).__name__
+        raise InputError(f"solver must be a name or a bilevel.Solver made by a call, got {came}.")
     return found
+
+
+def _identity(solver: Solver, state: State) -> dict[str, Any]:
+    """What every run can compare with another to go on from its checkpoint."""
+    options = {
+        f"solver.{field.name}": getattr(solver, field.name)
+        for field in (fields(solver) if is_dataclass(solver) else ())
+    }
+    plain = {k: v for k, v in options.items() if isinstance(v, bool | int | float | str)}
+    shapes = {
+        name: [f"{p.dtype} {list(p.shape)}" for p in leaves(state.variables[name].value)]
+        for name in ("x", "y")
+    }
+    return {"solver": type(solver).__name__, **plain, **shapes}
 
 
 def _record(problem: Problem, state: State) -> dict[str, Any]:
@@ -226,7 +277,7 @@ def _record(problem: Problem, state: State) -> dict[str, Any]:
 
 
 def _diverged(state: State, history: list[dict[str, Any]]) -> bool:
-    """Whether a loss is larger than the first by ten orders of magnitude."""
+    """Whether a loss is larger than the first by twenty orders of magnitude."""
     if not history:
         return False
     pairs = ((getattr(state, level), history[0][level]) for level in ("upper", "lower"))

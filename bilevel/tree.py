@@ -88,6 +88,8 @@ def structure_faults(name: str, value: Value) -> list[str]:
         where = name if key == "value" else f"{name}{key if key[0] == '[' else '.' + key}"
         if not isinstance(leaf, Tensor):
             faults.append(f"{where} must be a tensor, got {type(leaf).__name__} {leaf!r:.40}.")
+        elif leaf.numel() == 0:
+            faults.append(f"{where} has no entries, shape {tuple(leaf.shape)}; leave it out.")
         elif not leaf.is_floating_point():
             faults.append(f"{where} must be floating point, got {leaf.dtype}; use .double().")
         elif not bool(leaf.detach().isfinite().all()):

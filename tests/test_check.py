@@ -7,6 +7,7 @@ from torch import nn
 import bilevel
 from bilevel import Functions, check
 from bilevel.problems.quadratic import Quadratic
+from bilevel.solvers.implicit import AID
 
 ONE = torch.ones(2, dtype=torch.float64)
 noise = torch.Generator().manual_seed(0)
@@ -65,6 +66,11 @@ class Once(torch.autograd.Function):
         (Functions(upper, lower, ONE, [ONE, ONE.float()]), "y0 must have one dtype"),
         (Functions(upper, lower, ONE, []), "y0 holds no tensor"),
         (Functions(upper, lower, ONE / 0, ONE), "x0 is not finite"),
+        (Functions(upper, lower, {"a": ONE, "b": ONE[:0]}, ONE), "x0['b'] has no entries"),
+        (
+            Functions(upper, lower, ONE, ONE, project_upper=lambda x: x / 0),
+            "project_upper is not finite",
+        ),
         (
             Functions(upper, lambda x, y: (y - x).abs().sqrt().sum(), ONE, ONE),
             "gradient of lower is not finite",
@@ -75,7 +81,7 @@ class Once(torch.autograd.Function):
         ),
         (
             Functions(upper, lower, ONE, ONE, project_upper=lambda x: x[:1]),
-            "project_upper must keep shape",
+            "project_upper must keep structure, shape",
         ),
     ],
 )
@@ -117,3 +123,45 @@ def test_a_module_and_its_start_stay_as_they_are():
     )
     assert check(problem, "aid") == []
     assert all(torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("solver", ["penalty", "f2ba", "aid", "itd", "scalebio"])
+def test_an_upper_loss_of_x_alone_is_minimized(solver):
+    result = bilevel.minimize(
+        lambda x, y: (x - 1).square().sum(), lower, ONE * 0, ONE, solver=solver, steps=40
+    )
+    assert result.success and 0 < float(result.x[0]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: bilevel.solve(Quadratic(), None), "solver must be a name"),
+        (lambda: bilevel.solve(Quadratic(), bilevel.Solver), "got Solver"),
+        (lambda: bilevel.solve("quadratic"), "problem must be a bilevel.Problem, got str"),
+        (lambda: bilevel.solve(Quadratic(), steps=1.5), "whole number of at least 1"),
+        (lambda: bilevel.compare(Quadratic(), "aidd"), "did you mean 'aid'"),
+        (lambda: bilevel.compare(Quadratic(), steps=0), "at least 1"),
+    ],
+)
+def test_wrong_arguments_are_told(call, words):
+    with pytest.raises(bilevel.InputError, match=words):
+        call()
+
+
+def test_a_checkpoint_of_another_solver_or_shape_is_refused(tmp_path):
+    problem = Functions(upper, lower, ONE, ONE)
+    bilevel.solve(problem, "aid", steps=2, checkpoints=tmp_path)
+    for other, solver, words in (
+        (problem, "penalty", "solver"),
+        (problem, AID(upper_lr=0.5), "solver.upper_lr"),
+        (Functions(upper, lower, ONE.float(), ONE.float()), "aid", "torch.float32"),
+    ):
+        with pytest.raises(bilevel.InputError, match=words):
+            bilevel.solve(other, solver, steps=4, checkpoints=tmp_path, resume=True)
+    assert bilevel.solve(problem, "aid", steps=4, checkpoints=tmp_path, resume=True).nit == 4
+
+
+def test_no_move_within_the_warm_up_is_said():
+    result = bilevel.minimize(upper, lower, ONE * 0, ONE, steps=5)
+    assert any("warm-up" in words for words in result.warnings)

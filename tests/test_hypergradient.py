@@ -184,6 +184,52 @@ def test_too_many_upper_variables_for_differences():
         hypergradient(problem, method="difference")
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-8, 1e-4, 1.0, 1e6])
+def test_the_scale_of_the_lower_loss_does_not_matter(scale):
+    """I17: g -> c g leaves y* and dF as they are."""
+    problem, x = Quadratic(), torch.ones(3, dtype=torch.float64)
+    scaled = Functions(
+        lambda a, b: problem.upper(a, b, None),
+        lambda a, b: scale * problem.lower(a, b, None),
+        x,
+        torch.zeros(5, dtype=torch.float64),
+    )
+    found, true = hypergradient(scaled, x), problem.solution().hypergradient(x)
+    assert (found.value[0] - true).norm() <= 1e-5 * true.norm()
+    assert not found.warnings
+    star = problem.solution().lower(x)
+    assert resolve(scaled, x).converged and resolve(scaled, x, star).converged
+    assert (resolve(scaled, x).y - star).norm() <= 1e-6 * star.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-3])
+def test_minimize_says_when_its_own_y_flatters_it(scale):
+    """Descent with a step of 0.1 on a curvature of 2 scale never gets near y*(x)."""
+    result = bilevel.minimize(
+        lambda x, y: (y - 1).square().sum(),
+        lambda x, y: scale * (y - x).square().sum(),
+        torch.zeros(2, dtype=torch.float64),
+        torch.zeros(2, dtype=torch.float64),
+        solver="f2sa",
+        steps=400,
+    )
+    honest = float(((result.x - 1) ** 2).sum())  # y*(x) = x
+    assert result.evidence["honest_upper"] == pytest.approx(honest, rel=1e-6)
+    assert any("solver's own y" in words for words in result.warnings)
+
+
+def test_minimize_is_quiet_where_its_answer_is_right():
+    result = bilevel.minimize(
+        lambda x, y: (y - 1).square().sum() + 0.1,
+        lambda x, y: (y - x).square().sum(),
+        torch.zeros(2, dtype=torch.float64),
+        torch.zeros(2, dtype=torch.float64),
+        solver="auto",
+        steps=500,
+    )
+    assert result.warnings == [] and result.evidence["honest_upper"] == pytest.approx(0.1, rel=1e-3)
+
+
 def test_a_start_that_is_not_finite_is_refused():
     with pytest.raises(InputError, match="finite start"):
         resolve(functions(lambda x, y: y, lambda x, y: 1 / y, ZERO), ZERO)

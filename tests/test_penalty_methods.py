@@ -321,7 +321,7 @@ def test_a_probe_that_diverges_alone_is_doubted():
         ZERO,
         ZERO,
         solver=Penalty(penalty=1.0, lower_lr=0.15, growth=1.0, **SGD),
-        steps=60,
+        steps=14,
     )
     assert result.success and result.evidence["stencil"] == 1
 

@@ -252,7 +252,7 @@ def test_the_identity_in_place_of_the_hessian_can_point_uphill():
             lambda x, y: 0.5 * (H * y * y).sum() + x * y.sum(),
             torch.zeros((), dtype=torch.float64),
             torch.zeros(2, dtype=torch.float64),
-            solver=AID(linear=linear, linear_lr=1.0, upper_optimizer="sgd", upper_lr=1.0),
+            solver=AID(linear=linear, lower_lr=1.0, upper_optimizer="sgd", upper_lr=1.0),
             steps=1,
         )
         found[linear] = -float(result.x)

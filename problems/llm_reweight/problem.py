@@ -29,6 +29,7 @@ class LLMReweight(Problem):
     """
 
     default_solver: ClassVar[str] = "scalebio_votes"
+    probed: ClassVar[bool] = False  # the model is loaded once, and its losses are ours
     default_steps: ClassVar[int] = 300
 
     sources: tuple[str, ...] = ()
