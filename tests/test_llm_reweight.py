@@ -316,3 +316,12 @@ def test_wrong_input_is_told_before_anything_is_written(folder, tmp_path, capsys
     assert run(folder, tmp_path / "a", option) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_weights_that_hardly_moved_are_called_so(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "a", "steps=2") == 0
+    words = "within a tenth of uniform after 2 steps"
+    assert words in capsys.readouterr().out
+    assert any(
+        words in note for note in json.loads((tmp_path / "a/weights.json").read_text())["notes"]
+    )

@@ -29,6 +29,8 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
     """Write everything into `out`; returns the closing words for the user."""
     weights = averaged_weights(result.history)
     body = describe(problem, result, weights)
+    hint = hardly_moved(weights, result.nit)
+    body["notes"] += [hint] if hint else []
     write_weights(body, out)  # before the verdict, which takes longer and may be interrupted
     judged = None
     if problem.verdict:
@@ -45,7 +47,23 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
 
     report.write(body, result.history, out)
     shares = ", ".join(f"{s['name']} {s['weight']:.3f}" for s in body["sources"])
-    return [f"learned weights: {shares}", *(judged["sentences"] if judged else [])]
+    words = [hint] if hint else []
+    return [f"learned weights: {shares}", *words, *(judged["sentences"] if judged else [])]
+
+
+def hardly_moved(weights: dict[str, float], steps: int) -> str:
+    """Words for weights that are all within a tenth of uniform, which may have two reasons.
+
+    >>> hardly_moved({"a": 0.9, "b": 0.1}, 30)
+    ''
+    """
+    even = 1 / len(weights)
+    if max(abs(w - even) for w in weights.values()) > 0.1 * even:
+        return ""
+    return (
+        f"the weights are within a tenth of uniform after {steps} steps: either no source is "
+        "better than another for this target, or the run was too short; try more steps."
+    )
 
 
 def describe(problem: LLMReweight, result: Any, weights: dict[str, float]) -> dict[str, Any]:
