@@ -164,7 +164,7 @@ def _given(arguments: Sequence[str], faults: list[str]) -> list[Pairs]:
 def _config(path: Path, faults: list[str]) -> Pairs:
     try:
         body = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         faults.append(f"config={path} cannot be read: {' '.join(str(error).split())}")
         return []
     if not isinstance(body, dict):

@@ -51,9 +51,15 @@ def _from_path(kind: str, name: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
+        raise InputError(f"{kind}={name:.80} is no name of a class; expected module:Class.")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"{kind}={name} cannot be found: {error}; expected module:Class."
+        ) from None
+    except SyntaxError as error:
+        raise InputError(
+            f"{kind}={name}: {error.filename}, line {error.lineno}: {error.msg}."
         ) from None

@@ -76,8 +76,6 @@ def solve(
         for name, number in (("steps", steps), ("checkpoint_every", checkpoint_every))
         if not isinstance(number, int) or number < 1
     ]
-    if not isinstance(problem, Problem):
-        faults.append(f"problem must be a bilevel.Problem, got {type(problem).__name__}.")
     folder = Path(checkpoints) if checkpoints else None
     newest = checkpoint.latest(folder) if folder else None
     if newest and not resume:
@@ -160,6 +158,19 @@ def start(
     Raises:
         InputError: If problem, solver and memory do not fit together.
     """
+    kinds = (
+        ("problem", problem, Problem, "a bilevel.Problem"),
+        ("memory", memory, Memory | None, "a bilevel.Memory"),
+        ("launcher", launcher, Launcher | None, "a bilevel.Launcher"),
+        ("seed", seed, int, "a whole number"),
+    )
+    faults = [
+        f"{name} must be {words}, got {type(value).__name__}."
+        for name, value, kind, words in kinds
+        if not isinstance(value, kind)
+    ]
+    if faults:
+        raise InputError(faults)
     solver = _solver(solver)
     faults = options(problem, solver, memory or Full())
     if faults:

@@ -140,6 +140,8 @@ def test_an_upper_loss_of_x_alone_is_minimized(solver):
         (lambda: bilevel.solve(Quadratic(), bilevel.Solver), "got Solver"),
         (lambda: bilevel.solve("quadratic"), "problem must be a bilevel.Problem, got str"),
         (lambda: bilevel.solve(Quadratic(), steps=1.5), "whole number of at least 1"),
+        (lambda: bilevel.solve(Quadratic(), memory="lisa"), "memory must be a bilevel.Memory"),
+        (lambda: bilevel.solve(Quadratic(), seed="3"), "seed must be a whole number, got str"),
         (lambda: bilevel.compare(Quadratic(), "aidd"), "did you mean 'aid'"),
         (lambda: bilevel.compare(Quadratic(), steps=0), "at least 1"),
     ],

@@ -72,6 +72,8 @@ def here(tmp_path, monkeypatch):
         ([QUADRATIC, QUADRATIC], ["problem is given twice; keep one."]),
         ([QUADRATIC, "config=none.yaml"], ["config=none.yaml cannot be read"]),
         (["problem=nowhere:Class"], ["expected module:Class"]),
+        (["problem=:"], ["expected module:Class"]),
+        (["problem=../x:Y"], ["expected module:Class"]),
         (["problem=json:dumps"], ["must have a default for every field"]),
         (
             ["problem=collections:Counter"],
