@@ -35,7 +35,11 @@ class Pruning(Problem):
 
     default_solver: ClassVar[str] = "aid"
     default_steps: ClassVar[int] = 100
-    solver_options: ClassVar[dict[str, Any]] = {"lower_optimizer": "adam", "lower_lr": 0.02}
+    solver_options: ClassVar[dict[str, Any]] = {
+        "lower_optimizer": "adam",
+        "lower_lr": 0.02,
+        "growth": 1.0,  # of the penalty: ten inner steps do not solve for y (docs/log.md)
+    }
 
     keep: float = 0.05
     """Share of the weights that stay."""
