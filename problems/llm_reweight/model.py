@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bilevel import InputError
+from bilevel.problems.llm_reweight.losses import token_losses
+from bilevel.problems.llm_reweight.placement import Placement, place
 from bilevel.problems.llm_reweight.tokens import Batch
 
 TINY_VOCABULARY = 1024
@@ -33,8 +34,10 @@ def tiny_tokenizer(texts: Iterable[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<end>")
 
 
-def tiny_model(vocabulary: int, *, layers: int, width: int, seed: int) -> nn.Module:
-    """A Llama with random weights drawn from `seed`."""
+def tiny_model(
+    vocabulary: int, *, layers: int, width: int, seed: int, placement: Placement | None = None
+) -> nn.Module:
+    """A Llama with random weights drawn from `seed`; by default on the CPU, in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -51,7 +54,8 @@ def tiny_model(vocabulary: int, *, layers: int, width: int, seed: int) -> nn.Mod
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).train()
+        model = LlamaForCausalLM(config).train()
+    return place(model, placement or Placement())
 
 
 def load_tokenizer(name: str) -> Any:
@@ -113,26 +117,30 @@ def identity(name: str) -> str:
     return f"files of sha256 {digest[:16]}"
 
 
-def load_model(name: str, *, length: int = 1, vocabulary: int = 1) -> nn.Module:
-    """The causal language model of a local folder or hub name, dropout off, in float32.
+def load_model(
+    name: str, *, length: int = 1, vocabulary: int = 1, placement: Placement | None = None
+) -> nn.Module:
+    """The causal language model of a local folder or hub name, dropout off.
 
     Args:
         name: A folder or a hub name; no code from it is run.
         length: Tokens that a row may have.
         vocabulary: Entries of the tokenizer.
+        placement: How it computes; by default on the CPU, in float32.
 
     Raises:
-        InputError: If it cannot be loaded whole, or does not suit such rows.
+        InputError: If it cannot be loaded whole, or does not suit such rows or the placement.
     """
     from transformers import AutoModelForCausalLM
 
+    placement = placement or Placement()
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 trust_remote_code=False,
                 use_safetensors=True,
-                dtype=torch.float32,
+                dtype=placement.dtype,
                 ignore_mismatched_sizes=True,  # told below, with the names
                 output_loading_info=True,
             )
@@ -143,7 +151,7 @@ def load_model(name: str, *, length: int = 1, vocabulary: int = 1) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # both copies must see the same network
-    model.eval()
+    model = place(model.eval(), placement)
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     faults = [f"problem.model={name} {fault}" for fault in _unfit(model, length, vocabulary)]
     if missing:
@@ -157,16 +165,15 @@ def load_model(name: str, *, length: int = 1, vocabulary: int = 1) -> nn.Module:
     return model
 
 
-def example_losses(model: nn.Module, batch: Batch) -> Tensor:
+def example_losses(model: nn.Module, batch: Batch, *, chunk: int = 0) -> Tensor:
     """[rows], the mean cross-entropy over each row's trained tokens, in nats, in float32.
 
     Rows are padded on the right, which a causal model cannot see, so no attention mask is needed.
+    Logits exist for `chunk` tokens at a time, see `token_losses`.
     """
     device = next(model.parameters()).device
     ids, trained = batch.ids.to(device), batch.trained.to(device)
-    logits = model(input_ids=ids[:, :-1]).logits
-    losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    losses = losses.view(len(ids), -1) * trained[:, 1:]
+    losses = token_losses(model, ids, chunk=chunk) * trained[:, 1:]
     return losses.sum(1) / trained[:, 1:].sum(1)
 
 
@@ -217,9 +224,10 @@ def _unfit(model: Any, length: int, vocabulary: int) -> list[str]:
         faults.append(
             f"takes at most {positions} tokens; lower problem.max_length={length} to that."
         )
-    pair = torch.tensor([[0, 0], [0, entries - 1]])
-    first = model(input_ids=pair).logits[:, 0].float()
-    if not torch.allclose(first[0], first[1], atol=1e-4, rtol=1e-4):
+    pair = torch.tensor([[0, 0], [0, entries - 1]], device=model.device)
+    first = model(input_ids=pair).logits[:, 0]
+    near = max(1e-4, 4 * torch.finfo(first.dtype).eps)  # rounding may depend on the row
+    if not torch.allclose(first[0], first[1], atol=near, rtol=near):
         faults.append("lets a token see the next one; expected a causal (decoder) model.")
     return faults
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from bilevel import InputError, Problem, Stream
 from bilevel.problems.llm_reweight import data as data_module
 from bilevel.problems.llm_reweight import model as model_module
+from bilevel.problems.llm_reweight import placement as placement_module
+from bilevel.problems.llm_reweight.losses import is_direct
 from bilevel.problems.llm_reweight.tokens import Batch, Rows, Stratified, cut, distinct, tokenize
 
 
@@ -52,6 +54,16 @@ class LLMReweight(Problem):
     """Target rows of a step."""
     micro_batch: int = 0
     """Rows of one forward pass; 0 takes the whole batch. Changes memory, not the result."""
+    dtype: placement_module.Dtype = "auto"
+    """Of the model's parameters; auto is bfloat16 on a GPU that computes in it, else float32."""
+    device: placement_module.Device = "auto"
+    """Where the model lives; auto takes a GPU if there is one."""
+    attention: placement_module.Attention = "auto"
+    """auto takes flash_attention_2 where it works, else what the model does by itself."""
+    checkpointing: bool = False
+    """Compute each block again in the backward pass: less memory, a quarter to a third slower."""
+    loss_chunk: int = 0
+    """Tokens whose logits exist at once; 0 takes as many as have 2**25 logits."""
     allow_overlap: bool = False
     """Go on although target records also stand in a source."""
     verdict: bool = True
@@ -67,6 +79,16 @@ class LLMReweight(Problem):
     def data(self) -> data_module.Data:
         """All input, read and checked."""
         return data_module.read(self)
+
+    @cached_property
+    def placement(self) -> placement_module.Placement:
+        """How models compute on this machine."""
+        return placement_module.resolve(
+            device=self.device,
+            dtype=self.dtype,
+            attention=self.attention,
+            checkpointing=self.checkpointing,
+        )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -108,7 +130,7 @@ class LLMReweight(Problem):
 
     def check(self) -> list[str]:
         least = {"batch": 1, "target_batch": 1, "max_length": 2, "layers": 1, "micro_batch": 0}
-        least |= {"verdict_steps": 1, "verdict_seeds": 1}
+        least |= {"verdict_steps": 1, "verdict_seeds": 1, "loss_chunk": 0}
         faults = [
             f"problem.{name} must be at least {bound}, got {getattr(self, name)}."
             for name, bound in least.items()
@@ -116,6 +138,10 @@ class LLMReweight(Problem):
         ]
         if self.width < 16 or self.width % 16:
             faults.append(f"problem.width must be a multiple of 16, got {self.width}.")
+        try:
+            self.placement  # noqa: B018, read for what it raises
+        except InputError as error:
+            faults += error.faults
         if self.model != "tiny":
             faults += model_module.check_folder(self.model)
         if self.sources or self.target:
@@ -131,6 +157,7 @@ class LLMReweight(Problem):
 
     def fingerprint(self) -> dict[str, Any]:
         held = ("sources", "target", "test", "model", "allow_overlap", "verdict")
+        held += ("device", "attention", "checkpointing", "loss_chunk")  # change rounding only
         own = {
             field.name: getattr(self, field.name)
             for field in fields(self)
@@ -138,6 +165,7 @@ class LLMReweight(Problem):
         }
         files = [*self.data.sources.values(), self.data.target, self.data.test]
         own |= {"order": self.names, "model": model_module.identity(self.model)}
+        own["dtype"] = str(self.placement.dtype).removeprefix("torch.")
         return own | {f"file of {source.name}": source.identity for source in files}
 
     def prepare(self) -> list[str]:
@@ -175,11 +203,23 @@ class LLMReweight(Problem):
 
     def fresh_model(self, seed: int) -> nn.Module:
         """A model as every run starts from it; the seed matters for `tiny` only."""
-        if self.model == "tiny":
-            size = len(self.tokenizer)
-            return model_module.tiny_model(size, layers=self.layers, width=self.width, seed=seed)
         size = len(self.tokenizer)
-        return model_module.load_model(self.model, length=self.max_length, vocabulary=size)
+        if self.model == "tiny":
+            shape = {"layers": self.layers, "width": self.width}
+            return model_module.tiny_model(size, **shape, seed=seed, placement=self.placement)
+        model = model_module.load_model(
+            self.model, length=self.max_length, vocabulary=size, placement=self.placement
+        )
+        if self.loss_chunk and not is_direct(model):
+            raise InputError(
+                f"problem.loss_chunk={self.loss_chunk} cannot be used with problem.model="
+                f"{self.model}, which changes the logits after its head; leave it out."
+            )
+        return model
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[rows], the loss of each row."""
+        return model_module.example_losses(model, batch, chunk=self.loss_chunk)
 
     def batches(self, generator: torch.Generator) -> tuple[Stream, Stream]:
         seed = int(torch.randint(2**31, (), generator=generator)) ^ self.data_seed
@@ -192,12 +232,12 @@ class LLMReweight(Problem):
         return cut(batch, self.micro_batch) if self.micro_batch else (batch,)
 
     def lower(self, x: Tensor, y: nn.Module, batch: Batch) -> Tensor:
-        losses = model_module.example_losses(y, batch).double()
+        losses = self.losses(y, batch).double()
         weights = x.softmax(0)[batch.source] * batch.share
         return (weights * losses.to(x.device)).sum()
 
     def upper(self, x: Tensor, y: nn.Module, batch: Batch) -> Tensor:
-        return (batch.share * model_module.example_losses(y, batch).double().cpu()).sum()
+        return (batch.share * self.losses(y, batch).double().cpu()).sum()
 
     def metrics(self, x: Tensor, y: nn.Module) -> dict[str, Any]:
         return {"weights": dict(zip(self.names, x.detach().softmax(0).tolist(), strict=True))}
@@ -206,7 +246,7 @@ class LLMReweight(Problem):
         moving = [p for p in y.parameters() if p.requires_grad]
         bad = []
         for row in cut(batch, 1):
-            loss = model_module.example_losses(y, row).sum()
+            loss = self.losses(y, row).sum()
             grads = torch.autograd.grad(loss, moving, allow_unused=True)
             if not all(bool(t.isfinite().all()) for t in (loss, *grads) if t is not None):
                 bad += row.labels

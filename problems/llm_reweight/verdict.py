@@ -60,7 +60,7 @@ def train(problem: LLMReweight, mixture: dict[str, float], *, seed: int) -> floa
                 picks.append((k, orders[k][drawn[k] % len(rows[k])]))
                 drawn[k] += 1
         batch = collate(rows, picks, [1 / len(picks)] * len(picks))
-        example_losses(model, batch).mean().backward()
+        problem.losses(model, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
