@@ -9,7 +9,7 @@ CORE = Path(__file__).parent.parent / "bilevel"
 ORDER = [
     ["errors", "tree", "result", "fields", "evidence", "datasets", "picture"],
     ["votes", "linear", "spectrum", "projection"],
-    ["variable"],
+    ["variable", "precision"],
     ["problem", "launch", "memory"],
     ["oracle", "solver", "checkpoint", "plugins"],
     ["descent", "check", "resolve", "batch"],
