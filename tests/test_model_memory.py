@@ -28,6 +28,10 @@ def make(kind, *, vocabulary=97, layers=3, **more):
     if kind == "gpt2":
         ends = ENDS | {"vocab_size": vocabulary, "n_embd": 32, "n_layer": layers, "n_head": 2}
         return t.GPT2LMHeadModel(t.GPT2Config(**ends, **more)).eval()
+    if kind == "opt":
+        size = {"hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 2}
+        ends = ENDS | {"word_embed_proj_dim": 32, "num_hidden_layers": layers}
+        return t.OPTForCausalLM(t.OPTConfig(vocab_size=vocabulary, **size, **ends, **more)).eval()
     if kind == "gemma2":
         more |= {"num_key_value_heads": 2, "head_dim": 16}
         return t.Gemma2ForCausalLM(t.Gemma2Config(**size, **ENDS, **more)).eval()
@@ -194,9 +198,15 @@ def test_the_head_is_called_once_a_pass_when_sharded():
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_checkpointing_keeps_less_and_changes_nothing(kind):
-    dropout = {"attention_dropout": 0.5} if kind == "llama" else {"attn_pdrop": 0.5}
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    [
+        ("llama", {"attention_dropout": 0.5}),
+        ("gpt2", {"attn_pdrop": 0.5, "resid_pdrop": 0.5}),
+        ("opt", {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}),
+    ],
+)
+def test_checkpointing_keeps_less_and_changes_nothing(kind, dropout):
     plain = make(kind, layers=6, **dropout)
     checked = place(clone(plain), Placement(checkpointing=True))
     ids = tokens(plain)
