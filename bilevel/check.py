@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import InputError
-from bilevel.launch import Single
+from bilevel.launch import Launcher, Single
 from bilevel.linear import norm
 from bilevel.memory import Full, Memory
 from bilevel.oracle import Oracle
@@ -20,7 +20,11 @@ from bilevel.tree import Value, leaves, structure_faults
 
 
 def check(
-    problem: Problem, solver: Solver | str = "penalty", *, memory: Memory | None = None
+    problem: Problem,
+    solver: Solver | str = "penalty",
+    *,
+    memory: Memory | None = None,
+    launcher: Launcher | None = None,
 ) -> list[str]:
     """Every incompatibility, as sentences; an empty list if there is none.
 
@@ -32,6 +36,7 @@ def check(
         problem: The two losses.
         solver: A solver or its name.
         memory: What is trainable; everything by default.
+        launcher: Where it is to run; this process by default.
 
     >>> from bilevel.problems.quadratic import Quadratic
     >>> check(Quadratic(), "aid")
@@ -39,7 +44,8 @@ def check(
     """
     made = find("solver", solver)() if isinstance(solver, str) else solver
     assert isinstance(made, Solver)
-    faults = options(problem, made, memory or Full()) or probe(problem, made.order)
+    faults = options(problem, made, memory or Full(), launcher or Single())
+    faults = faults or probe(problem, made.order)
     if not faults:
         try:
             made.init(problem, memory or Full(), Single(), torch.Generator().manual_seed(0))
@@ -48,9 +54,19 @@ def check(
     return faults
 
 
-def options(problem: Problem, solver: Solver, memory: Memory) -> list[str]:
-    """What the three say of each other without computing anything."""
-    faults = [*problem.check(), *solver.check(problem)]
+def options(problem: Problem, solver: Solver, memory: Memory, launcher: Launcher) -> list[str]:
+    """What the four say of each other without computing anything."""
+    return [*problem.check(), *solver.check(problem), *fit(problem, solver, memory, launcher)]
+
+
+def fit(problem: Problem, solver: Solver, memory: Memory, launcher: Launcher) -> list[str]:
+    """What solver, memory and launcher cannot do with each other."""
+    faults = launcher.check(
+        problem,
+        order=solver.order,
+        parallel=solver.parallel,
+        constrained=constrained(problem, "lower"),
+    )
     if solver.order > 1 and not isinstance(memory, Full):
         faults.append(
             f"{type(solver).__name__} takes second derivatives of all of y; use memory=full, or a "

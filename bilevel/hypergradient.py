@@ -320,12 +320,8 @@ class _Holding(Launcher):
     def twin(self, original: Variable, name: str, optimizer: OptimizerFactory) -> Variable:
         return self._inner.twin(original, name, optimizer)
 
-    def backward(self, loss: Tensor) -> None:
-        self._inner.backward(loss)
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        self._inner.backward(loss, last=last)
 
     def step(self, variables: Sequence[Variable]) -> None:
         self._inner.step(variables)
-
-    @property
-    def is_main(self) -> bool:
-        return True

@@ -5,18 +5,39 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.errors import InputError
+from bilevel.problem import Problem
 from bilevel.tree import Value, clone
 from bilevel.variable import OptimizerFactory, Variable
 
 
 class Launcher(ABC):
     """One process or many. It may hold several variables in one engine, so solvers gather all
-    terms with `backward` and then step all variables together with `step`."""
+    terms with `backward`, call `settle`, and then step all variables together with `step`."""
+
+    def check(
+        self, problem: Problem, *, order: int, parallel: bool, constrained: bool
+    ) -> list[str]:
+        """Why this cannot run here, as sentences; called before anything is loaded.
+
+        Args:
+            problem: The problem.
+            order: The highest derivative that the solver takes.
+            parallel: Whether the solver goes through its launcher alone.
+            constrained: Whether the lower variable has a feasible set of its own.
+        """
+        return []
+
+    def open(self) -> None:  # noqa: B027 - for many processes only
+        """Find the other processes; nothing where there are none, or when called again."""
+
+    def close(self) -> None:  # noqa: B027
+        """Leave the other processes."""
 
     @abstractmethod
     def variable(
@@ -32,18 +53,43 @@ class Launcher(ABC):
     def twin(self, original: Variable, name: str, optimizer: OptimizerFactory) -> Variable:
         """A variable that starts as an independent copy of another, sharded and saved alike."""
 
+    def parts(self, problem: Problem, batch: Any) -> Sequence[Any]:
+        """The micro-batches of a batch that this process works on, as many on every process."""
+        return problem.split(batch)
+
     @abstractmethod
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a scalar to every variable it depends on."""
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add the gradients of a scalar to every variable it depends on.
+
+        Args:
+            loss: The share of this process; the shares add up to the loss.
+            last: Whether no more is added to the lower variable it depends on before `settle`.
+        """
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """Each number summed over the processes; the same on all of them."""
+        return list(numbers)
+
+    def told(self, text: str) -> str:
+        """The text that the main process gives."""
+        return text
+
+    def settle(self, variables: Sequence[Variable]) -> None:  # noqa: B027
+        """Make what the variables gathered the sum over the processes; once for every step."""
 
     @abstractmethod
     def step(self, variables: Sequence[Variable]) -> None:
         """Move the variables along what they have gathered."""
 
     @property
-    @abstractmethod
+    def world_size(self) -> int:
+        """How many processes run this."""
+        return 1
+
+    @property
     def is_main(self) -> bool:
         """Whether this process prints and writes."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +117,10 @@ class Single(Launcher):
     def twin(self, original: Variable, name: str, optimizer: OptimizerFactory) -> Variable:
         return self.variable(name, clone(original.value), optimizer, original.project)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
         if loss.requires_grad:  # not where it depends on nothing that gathers now
             loss.backward()
 
     def step(self, variables: Sequence[Variable]) -> None:
         for variable in variables:
             variable.step()
-
-    @property
-    def is_main(self) -> bool:
-        return True

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bilevel.blocks import parameter_groups
 from bilevel.errors import InputError
 from bilevel.tree import Value, named_leaves
 from bilevel.variable import Variable
@@ -20,6 +21,10 @@ log = logging.getLogger("bilevel")
 
 class Memory(ABC):
     """A strategy for the lower variable and its twins; `init` gives its state for one run."""
+
+    def prepare(self, value: Value, names: Sequence[str]) -> Value:
+        """The start of y as this strategy trains it, for copies of these names; y comes first."""
+        return value
 
     @abstractmethod
     def init(self, value: Value, generator: torch.Generator) -> MemoryState:
@@ -151,60 +156,6 @@ class _LISAState(MemoryState):
                 if name not in trainable:
                     parameter.grad = None
                     variable.optimizer.state.pop(parameter, None)
-
-
-def parameter_groups(value: Value) -> dict[str, list]:
-    """The parameter names of a decoder: `blocks` (a list for each), `embedding`, `head`, `norms`.
-
-    The stack of blocks is the `nn.ModuleList` of at least two equal-typed members that holds the
-    most parameters. Tied embeddings count as embedding.
-
-    Raises:
-        InputError: If the value is not a module, or has no such stack; lists what was found.
-    """
-    if not isinstance(value, nn.Module):
-        raise InputError(
-            "memory=lisa needs a lower variable that is an nn.Module with a stack of blocks, "
-            f"got {type(value).__name__}; use memory=full."
-        )
-    path, stack = _stack(value)
-    blocks = [[f"{path}.{i}.{n}" for n, _ in b.named_parameters()] for i, b in enumerate(stack)]
-    in_blocks = {name for block in blocks for name in block}
-    rest = [n for n, _ in value.named_parameters() if n not in in_blocks]
-    embedding = _names_of(value, "get_input_embeddings", rest)
-    head = [n for n in _names_of(value, "get_output_embeddings", rest) if n not in embedding]
-    norms = [n for n in rest if n not in embedding and n not in head]
-    return {"blocks": blocks, "embedding": embedding, "head": head, "norms": norms}
-
-
-def _stack(module: nn.Module) -> tuple[str, nn.ModuleList]:
-    lists = {
-        name: child
-        for name, child in module.named_modules()
-        if isinstance(child, nn.ModuleList) and len(child) > 1
-    }
-    stacks = {n: c for n, c in lists.items() if len({type(b) for b in c}) == 1 and _numel(c[0]) > 0}
-    if not stacks:
-        found = ", ".join(f"{n} ({len(c)} members)" for n, c in lists.items()) or "none"
-        raise InputError(
-            "memory=lisa needs a stack of equal blocks (an nn.ModuleList), "
-            f"but {type(module).__name__} has no such; lists found: {found}. Use memory=full."
-        )
-    return max(stacks.items(), key=lambda item: _numel(item[1]))
-
-
-def _names_of(module: nn.Module, getter: str, candidates: list[str]) -> list[str]:
-    get = getattr(module, getter, None)
-    part = get() if callable(get) else None
-    if not isinstance(part, nn.Module):
-        return []
-    wanted = {id(p) for p in part.parameters()}
-    named = dict(module.named_parameters())
-    return [n for n in candidates if id(named[n]) in wanted]
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _held(variables: Sequence[Variable]) -> str:

@@ -15,7 +15,9 @@ from typing import Any, Literal, TypeAlias
 import yaml
 
 from bilevel import fields, plugins
+from bilevel.check import fit
 from bilevel.errors import InputError
+from bilevel.fsdp import DDP, FSDP2
 from bilevel.launch import Launcher, Single
 from bilevel.memory import LISA, Full, Memory
 from bilevel.problem import Problem
@@ -24,7 +26,7 @@ from bilevel.solver import Solver
 KINDS = {"problem": Problem, "solver": Solver, "memory": Memory, "launcher": Launcher}
 CHOICES: dict[str, dict[str, Any]] = {
     "memory": {"full": Full, "lisa": LISA},
-    "launcher": {"single": Single},
+    "launcher": {"single": Single, "ddp": DDP, "fsdp2": FSDP2},
 }
 
 Pairs: TypeAlias = list[tuple[str, Any]]
@@ -111,6 +113,8 @@ def parse(arguments: Sequence[str]) -> Options:
         faults += parts["problem"].check()
         if "solver" in parts and "solver" not in broken:
             faults += parts["solver"].check(parts["problem"])
+            if not broken and all(kind in parts for kind in KINDS):
+                faults += fit(*(parts[kind] for kind in KINDS))
     if faults:
         raise InputError(faults)
     return Options(names=names, **parts)

@@ -114,6 +114,20 @@ class Problem(ABC):
         """The micro-batches of a batch, whose losses add up to the loss of the batch."""
         return (batch,)
 
+    def share(self, batch: Any, index: int, count: int) -> Any:
+        """Share `index` of `count` of a batch; the losses of the shares add up to its loss.
+
+        Every share must split into equally many micro-batches. Called on several processes only.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define share")
+
+    def check_share(self, count: int) -> list[str]:
+        """Why batches cannot be shared out to `count` processes, as sentences."""
+        name = type(self).__name__
+        own = type(self).share is not Problem.share
+        remedy = "define share(batch, index, count), or use launcher=single."
+        return [] if own else [f"{name} does not say how to share its batches out; {remedy}"]
+
     def project_upper(self, x: Value) -> Value:
         """The nearest point of X; by default X is the whole space."""
         return x

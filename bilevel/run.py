@@ -11,19 +11,21 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch.distributed as dist
 import yaml
 
-from bilevel import checkpoint, fields, plugins
+from bilevel import checkpoint, fields, plugins, processes
 from bilevel.check import probe
 from bilevel.errors import InputError
+from bilevel.launch import Launcher
 from bilevel.options import CHOICES, KINDS, Options, help_text, parse
 from bilevel.problem import Problem
-from bilevel.result import Result
+from bilevel.result import Result, Status
 from bilevel.solve import audited, solve, start
 from bilevel.solver import State
 
@@ -45,10 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _quiet():
             return _main(arguments)
     except InputError as error:
-        print("\n".join(f"error: {fault}" for fault in error.faults), file=sys.stderr)
+        if processes.rank() == 0 or isinstance(error, processes.ProcessError):
+            print("\n".join(f"error: {fault}" for fault in error.faults), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted before the first step; nothing was written.", file=sys.stderr)
+        if processes.rank() == 0:
+            print("interrupted before the first step; nothing was written.", file=sys.stderr)
         return 130
 
 
@@ -65,21 +69,26 @@ def _main(arguments: list[str]) -> int:
         print(help_text(words))
         return 0
     options = parse(words)
-    settings = options.settings
-    out = _place(options)
+    with _together(options.launcher):
+        return _run(options, words)
+
+
+def _run(options: Options, words: list[str]) -> int:
+    settings, launcher = options.settings, options.launcher
+    out = Path(_on_main(launcher, lambda: str(_place(options))))
     if options.problem.probed and (faults := probe(options.problem, options.solver.order)):
         raise InputError(faults)
     notes = options.problem.prepare() + options.solver.notes(options.problem)
-    parts = {"seed": settings.seed, "memory": options.memory, "launcher": options.launcher}
+    parts = {"seed": settings.seed, "memory": options.memory, "launcher": launcher}
     state = start(options.problem, options.solver, **parts)
-    out = _claim(out, options)
+    out = Path(_on_main(launcher, lambda: str(_claim(out, options))))
     done = checkpoint.latest(out / "checkpoints")
     notes += [f"going on from {done}"] if done else []
-    if notes:
+    if notes and launcher.is_main:
         print("\n".join(notes), flush=True)
-    progress = _Progress(options.problem, settings.steps, _step(done))
+    progress = _Progress(options.problem, settings.steps, _step(done), launcher.is_main)
     try:
-        with _logged(out / "log.txt"):
+        with _logged(out / "log.txt") if launcher.is_main else nullcontext():
             with progress:
                 result = solve(
                     options.problem,
@@ -93,17 +102,22 @@ def _main(arguments: list[str]) -> int:
                     state=state,
                     **parts,
                 )
+            if not launcher.is_main:
+                return 0 if result.success else 1
             _write_result(out, result)
-            if progress.interrupted:
+            if progress.interrupted or result.status is Status.STOPPED:
                 raise KeyboardInterrupt
             if not result.success:
                 kept = checkpoint.latest(out / "checkpoints")
                 print(f"failed: {result.message} Last finite checkpoint: {kept}", file=sys.stderr)
                 return 1
-            if type(options.problem).finish is Problem.finish:
+            plain = type(options.problem).finish is Problem.finish
+            if plain and launcher.world_size == 1:
                 result = audited(options.problem, result)
             print("\n".join(options.problem.finish(result, out)))
     except KeyboardInterrupt:
+        if not launcher.is_main:
+            return 130
         step = _step(checkpoint.latest(out / "checkpoints"))
         same = [w for w in words if not w.removeprefix("--").startswith("out=")]
         again = shlex.join(["python", "-m", "bilevel.run", *same, f"out={out}"])
@@ -111,6 +125,40 @@ def _main(arguments: list[str]) -> int:
         return 130
     print(f"written to {out}")
     return 0
+
+
+@contextmanager
+def _together(launcher: Launcher) -> Iterator[None]:
+    """Within the block the processes are joined; the loss of one of them is an error in words."""
+    launcher.open()
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if launcher.world_size == 1 or not lost:
+            raise
+        raise processes.ProcessError(
+            f"process {processes.rank()} of {launcher.world_size} lost the others, of which one "
+            f"failed or did not answer within launcher.timeout ({str(error).splitlines()[0]}); see "
+            "its own message. The last checkpoint is whole: the same command with out=FOLDER goes "
+            "on from there."
+        ) from None
+    finally:
+        launcher.close()
+
+
+def _on_main(launcher: Launcher, function: Callable[[], str]) -> str:
+    """What a function of the main process returns, or the input error it raises, everywhere."""
+    answer: dict[str, Any] = {}
+    if launcher.is_main:
+        try:
+            answer = {"text": function()}
+        except InputError as error:
+            answer = {"faults": error.faults}
+    answer = json.loads(launcher.told(json.dumps(answer)))
+    if "faults" in answer:
+        raise InputError(answer["faults"])
+    return answer["text"]
 
 
 def _place(options: Options) -> Path:
@@ -252,13 +300,13 @@ def _lock(file: TextIO) -> None:
 class _Progress:
     """A bar on a terminal, a line every tenth of the run elsewhere; Ctrl-C ends a run in order."""
 
-    def __init__(self, problem: Problem, steps: int, done: int) -> None:
-        self.problem, self.steps, self.done = problem, steps, done
+    def __init__(self, problem: Problem, steps: int, done: int, shown: bool) -> None:
+        self.problem, self.steps, self.done, self.shown = problem, steps, done, shown
         self.interrupted = False
         self.bar: Any = None
 
     def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=self.steps, initial=self.done, unit="step", dynamic_ncols=True)
@@ -278,7 +326,7 @@ class _Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(self.problem.headline(record), refresh=False)
             self.bar.update(state.step - self.bar.n)
-        elif state.step % max(1, self.steps // 10) == 0:
+        elif self.shown and state.step % max(1, self.steps // 10) == 0:
             print(f"step {state.step}/{self.steps}: {self.problem.headline(record)}", flush=True)
         if self.interrupted:
             raise StopIteration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from bilevel.problem import Functions, Problem
 from bilevel.resolve import resolve
 from bilevel.result import Result, Status
 from bilevel.solver import Solver, State
-from bilevel.tree import Value, leaves, named_leaves
+from bilevel.tree import Value, leaves, local, named_leaves
 
 AUDIT = 500
 """Most iterations of the solve that checks a result: less than a usual run spends."""
@@ -77,13 +78,14 @@ def solve(
         if not isinstance(number, int) or number < 1
     ]
     folder = Path(checkpoints) if checkpoints else None
-    newest = checkpoint.latest(folder) if folder else None
-    if newest and not resume:
+    if folder and not resume and checkpoint.latest(folder):
         faults.append(f"{folder} holds checkpoints; pass resume=True to go on, or another folder.")
     if faults:
         raise InputError(faults)
     solver, launcher = _solver(solver), launcher or Single()
     state = state or start(problem, solver, seed=seed, memory=memory, launcher=launcher)
+    name = launcher.told(str(checkpoint.latest(folder) or "")) if folder else ""
+    newest = Path(name) if name else None
     history: list[dict[str, Any]] = []
     marks = {"seed": seed, **_identity(solver, state), **(fingerprint or {})}
     if newest is not None:
@@ -92,8 +94,11 @@ def solve(
         state.load_state_dict(saved)
 
     def store(state: State) -> None:
-        if folder is not None and launcher.is_main:
-            checkpoint.save(folder, {**state.state_dict(), "history": history}, fingerprint=marks)
+        if folder is None:
+            return
+        body = state.state_dict()
+        if launcher.is_main:
+            checkpoint.save(folder, {**body, "history": history}, fingerprint=marks)
 
     status, found = Status.STEPS, ""
     if folder is not None and newest is None:
@@ -110,13 +115,18 @@ def solve(
         try:
             for callback in callbacks:
                 callback(state, record)
+            stopped = False
         except StopIteration:
+            stopped = True
+        if _agreed(launcher, state, stopped):
             ended = Status.STOPPED
         if ended is Status.DIVERGED:  # the last checkpoint is better than this
             status, found = ended, f"After step {state.step}: "
             break
         if ended is not None or state.step == steps or state.step % checkpoint_every == 0:
-            if bad := _not_finite(state):
+            bad = _not_finite(state)
+            if launcher.total([bool(bad)])[0]:
+                bad = bad or "a part that another process holds is not finite"
                 status, found = Status.NONFINITE, f"After step {state.step}: {bad}. "
                 break
             store(state)
@@ -172,12 +182,14 @@ def start(
     if faults:
         raise InputError(faults)
     solver = _solver(solver)
-    faults = options(problem, solver, memory or Full())
+    launcher = launcher or Single()
+    faults = options(problem, solver, memory or Full(), launcher)
     if faults:
         raise InputError(faults)
+    launcher.open()
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for modules that draw from the global generator when built
-    return solver.init(problem, memory or Full(), launcher or Single(), generator)
+    return solver.init(problem, memory or Full(), launcher, generator)
 
 
 def minimize(
@@ -220,7 +232,7 @@ def minimize(
         upper, lower, x0, y0, project_upper=project_upper, project_lower=project_lower
     )
     solver = _solver(solver)
-    if faults := options(problem, solver, Full()) or probe(problem, solver.order):
+    if faults := options(problem, solver, Full(), Single()) or probe(problem, solver.order):
         raise InputError(faults)
     callbacks = [callback] if callback else []
     return audited(problem, solve(problem, solver, steps=steps, seed=seed, callbacks=callbacks))
@@ -295,12 +307,31 @@ def _diverged(state: State, history: list[dict[str, Any]]) -> bool:
     return any(abs(now) > GROWTH * max(1.0, abs(first)) for now, first in pairs)
 
 
+def _agreed(launcher: Launcher, state: State, stopped: bool) -> bool:
+    """Whether any process wants to stop.
+
+    Raises:
+        InputError: If the processes are not at the same step, or do not train the same blocks.
+    """
+    if launcher.world_size == 1:
+        return stopped
+    chosen = f"{state.step} {state.memory.state_dict().get('active')}"
+    mark = float(zlib.crc32(chosen.encode()))
+    stops, marks = launcher.total([stopped, mark])
+    if marks != launcher.world_size * mark:
+        raise InputError(
+            f"after step {state.step} the processes train different blocks; start all of them "
+            "with the same options, seed and versions."
+        )
+    return stops > 0
+
+
 def _not_finite(state: State) -> str:
     """In words, the first value or optimizer state that is not finite; nothing if all are."""
     for variable in state.variables.values():
         for name, leaf in named_leaves(variable.value).items():
             held = [leaf, *variable.optimizer.state.get(leaf, {}).values()]
-            if not all(bool(t.isfinite().all()) for t in held if torch.is_tensor(t)):
+            if not all(bool(local(t).isfinite().all()) for t in held if torch.is_tensor(t)):
                 return f"{variable.name} or its optimizer state is not finite ({name})"
     return ""
 

@@ -16,6 +16,7 @@ from bilevel.launch import Launcher
 from bilevel.memory import Memory
 from bilevel.problem import Problem, Stream
 from bilevel.result import Status
+from bilevel.tree import leaves, map_leaves, sharded_like, whole
 from bilevel.variable import Variable, optimizer_by_name
 
 
@@ -40,7 +41,8 @@ class State:
     vectors: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        """All of the state; sharded tensors are gathered, so that every process must call this."""
+        own = {
             "variables": {k: v.state_dict() for k, v in self.variables.items()},
             "streams": {k: s.state_dict() for k, s in self.streams.items()},
             "memory": self.memory.state_dict(),
@@ -51,6 +53,7 @@ class State:
             "counts": dict(self.counts),
             "vectors": {k: [t.detach() for t in v] for k, v in self.vectors.items()},
         }
+        return map_leaves(lambda part: whole(part) if torch.is_tensor(part) else part, own)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.memory.load_state_dict(saved["memory"])
@@ -62,7 +65,14 @@ class State:
         self.upper, self.lower = saved["upper"], saved["lower"]
         self.numbers = dict(saved["numbers"])
         self.counts = dict(saved["counts"])
-        self.vectors = {k: list(v) for k, v in saved["vectors"].items()}
+        self.vectors = {k: self._sharded(v) for k, v in saved["vectors"].items()}
+
+    def _sharded(self, vector: list[Tensor]) -> list[Tensor]:
+        """A vector with the shapes of y's leaves cut up as these are."""
+        like = leaves(self.variables["y"].value)
+        if [t.shape for t in vector] != [p.shape for p in like]:
+            return list(vector)
+        return [sharded_like(p, t) for p, t in zip(like, vector, strict=True)]
 
 
 class Solver(ABC):
@@ -70,6 +80,9 @@ class Solver(ABC):
 
     order: ClassVar[int] = 1
     """Highest derivative of the lower loss that the method takes."""
+    parallel: ClassVar[bool] = False
+    """Whether it shares out batches and gathers gradients through its launcher alone, so that it
+    runs on several processes."""
 
     @abstractmethod
     def init(
@@ -139,16 +152,17 @@ def ignored(solver: Solver, key: str, needs: dict[str, tuple[Any, ...]]) -> list
 
 
 def finite_loss(
-    name: str, loss: Tensor, problem: Problem, x: Variable, y: Variable, batch: Any
+    name: str, loss: Tensor | float, problem: Problem, x: Variable, y: Variable, batch: Any
 ) -> float:
     """The number of a loss called "upper" or "lower", taken at a copy of y on a batch.
 
     Raises:
-        NonFiniteError: If it is not finite, with the problem's words about the batch.
+        NonFiniteError: If it is not finite, with the problem's words about the batch, unless that
+            is None.
     """
-    number = float(loss.detach())
+    number = float(loss.detach() if isinstance(loss, Tensor) else loss)
     if not math.isfinite(number):
-        words = problem.explain(x.value, y.value, batch)
+        words = "" if batch is None else problem.explain(x.value, y.value, batch)
         found = f"the {name} loss at {y.name} is {number}"
         raise NonFiniteError(f"{found}; {words}" if words else found)
     return number

@@ -102,9 +102,30 @@ def structure_faults(name: str, value: Value) -> list[str]:
     return faults
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds; any other tensor as it is."""
+    return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, gathered from the processes, which must call this together."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sharded_like(leaf: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor of a leaf's shape, cut up over the processes as the leaf is."""
+    if not _is_sharded(leaf):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    place: Any = leaf  # a DTensor
+    full = tensor.to(leaf.device)
+    return distribute_tensor(full, place.device_mesh, place.placements, src_data_rank=None)
+
+
 def size_bytes(tensors: list[Tensor]) -> int:
-    """Bytes of storage that the tensors' elements take."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes of storage that the tensors' elements take in this process."""
+    return sum(t.numel() * t.element_size() for t in map(local, tensors))
 
 
 def dot(a: Value, b: Value) -> Tensor:
@@ -113,9 +134,11 @@ def dot(a: Value, b: Value) -> Tensor:
     >>> dot([torch.ones(2)], [torch.full((2,), 3.0)])
     tensor(6.)
     """
-    pairs = zip(leaves(a), leaves(b), strict=True)
-    parts = [torch.linalg.vecdot(_wide(p).flatten(), _wide(q).flatten()) for p, q in pairs]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+    pairs = list(zip(leaves(a), leaves(b), strict=True))
+    parts = [
+        torch.linalg.vecdot(_wide(local(p)).flatten(), _wide(local(q)).flatten()) for p, q in pairs
+    ]
+    return _over_shards(parts[0] if len(parts) == 1 else torch.stack(parts).sum(), pairs[0][0])
 
 
 def norm(value: Value) -> float:
@@ -124,8 +147,10 @@ def norm(value: Value) -> float:
     >>> norm([torch.tensor([3.0]), torch.tensor([4.0])])
     5.0
     """
-    parts = [torch.linalg.vector_norm(_wide(p.detach())) for p in leaves(value)]
-    return float(parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts)))
+    own = leaves(value)
+    parts = [torch.linalg.vector_norm(_wide(local(p.detach()))) for p in own]
+    size = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
+    return float(_over_shards(size.square(), own[0]).sqrt() if _is_sharded(own[0]) else size)
 
 
 class _Call(nn.Module):
@@ -137,6 +162,22 @@ class _Call(nn.Module):
 
     def forward(self, *rest: Any) -> Any:
         return self.function(self.value, *rest)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")  # a DTensor, told without importing its package
+
+
+def _over_shards(number: Tensor, of: Tensor) -> Tensor:
+    """The sum of a number over the processes that hold the shards of a tensor."""
+    if _is_sharded(of):
+        from torch.distributed import all_reduce
+
+        mesh: Any = of.device_mesh  # type: ignore[attr-defined]
+        for i, placement in enumerate(of.placements):  # type: ignore[attr-defined]
+            if placement.is_shard():
+                all_reduce(number, group=mesh.get_group(i))
+    return number
 
 
 def _wide(t: Tensor) -> Tensor:

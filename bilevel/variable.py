@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.errors import InputError
-from bilevel.tree import Value, leaves, named_leaves, size_bytes
+from bilevel.tree import Value, leaves, named_leaves, sharded_like, size_bytes
 from bilevel.votes import PairwiseVotes
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -50,6 +50,8 @@ class Variable:
         self.name = name
         self.value = value
         self.project = project
+        self.blueprint: Any = None
+        """What a launcher keeps to make twins of a value that cannot be copied as it is."""
         self._leaves = leaves(value)
         for leaf in self._leaves:
             leaf.requires_grad_()
@@ -134,8 +136,19 @@ class Variable:
             )
         with torch.no_grad():
             for name, leaf in own.items():
-                leaf.copy_(state["value"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+                leaf.copy_(sharded_like(leaf, state["value"][name]))
+        self.optimizer.load_state_dict(self._sharded(state["optimizer"]))
+
+    def _sharded(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """The state of an optimizer with what is as large as its leaf cut up as that is."""
+        states = {
+            i: {
+                k: sharded_like(self._leaves[i], t) if _fits(t, self._leaves[i]) else t
+                for k, t in state.items()
+            }
+            for i, state in optimizer["state"].items()
+        }
+        return optimizer | {"state": states}
 
 
 def optimizer_by_name(name: str, lr: float, **options: Any) -> OptimizerFactory:
@@ -181,6 +194,10 @@ def _elsewhere(name: str) -> type[torch.optim.Optimizer] | None:
         return None
     known = name in package.get_supported_optimizers()
     return package.load_optimizer(name) if known else None
+
+
+def _fits(tensor: Any, leaf: Tensor) -> bool:
+    return torch.is_tensor(tensor) and tensor.shape == leaf.shape
 
 
 def is_module(value: Value) -> bool:

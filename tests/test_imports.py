@@ -9,9 +9,10 @@ CORE = Path(__file__).parent.parent / "bilevel"
 ORDER = [
     ["errors", "tree", "result", "fields", "evidence", "datasets", "picture"],
     ["votes", "linear", "spectrum", "projection"],
-    ["variable", "precision"],
-    ["problem", "launch", "memory"],
-    ["oracle", "solver", "checkpoint", "plugins"],
+    ["variable", "blocks", "processes", "precision"],
+    ["problem", "memory"],
+    ["launch"],
+    ["oracle", "solver", "checkpoint", "plugins", "fsdp"],
     ["descent", "check", "resolve", "batch"],
     ["hypergradient"],
     ["compare"],

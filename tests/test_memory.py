@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import bilevel
-from bilevel.memory import LISA, parameter_groups
+from bilevel.blocks import parameter_groups
+from bilevel.memory import LISA
 from bilevel.solvers.penalty import scalebio
 
 

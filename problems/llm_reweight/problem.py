@@ -16,7 +16,15 @@ from bilevel.problems.llm_reweight import data as data_module
 from bilevel.problems.llm_reweight import model as model_module
 from bilevel.problems.llm_reweight import placement as placement_module
 from bilevel.problems.llm_reweight.losses import is_direct
-from bilevel.problems.llm_reweight.tokens import Batch, Rows, Stratified, cut, distinct, tokenize
+from bilevel.problems.llm_reweight.tokens import (
+    Batch,
+    Rows,
+    Stratified,
+    cut,
+    distinct,
+    every,
+    tokenize,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +238,28 @@ class LLMReweight(Problem):
 
     def split(self, batch: Batch) -> Sequence[Batch]:
         return cut(batch, self.micro_batch) if self.micro_batch else (batch,)
+
+    def share(self, batch: Batch, index: int, count: int) -> Batch:
+        if len(batch.ids) % count:
+            raise InputError(
+                f"a batch has {len(batch.ids)} rows, which {count} processes cannot share out "
+                "evenly; is the target smaller than problem.target_batch?"
+            )
+        return every(batch, index, count)
+
+    def check_share(self, count: int) -> list[str]:
+        try:
+            rows = {"batch": self.batch // len(self.names) * len(self.names)}
+        except InputError:  # told by check
+            return []
+        rows["target_batch"] = self.target_batch
+        return [
+            f"problem.{name}={getattr(self, name)} gives {found} rows, which {count} processes "
+            f"cannot share out evenly; make it a multiple of {count}"
+            + (" in whole rows of each source." if name == "batch" else ".")
+            for name, found in rows.items()
+            if found % count
+        ]
 
     def lower(self, x: Tensor, y: nn.Module, batch: Batch) -> Tensor:
         losses = self.losses(y, batch).double()

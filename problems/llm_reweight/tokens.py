@@ -178,20 +178,24 @@ def collate(
     )
 
 
+def every(batch: Batch, index: int, count: int) -> Batch:
+    """Every `count`-th row of a batch from row `index` on, padded no further than it needs."""
+    return _part(batch, slice(index, None, count))
+
+
 def cut(batch: Batch, rows: int) -> list[Batch]:
     """The batch in parts of at most `rows` rows, each padded no further than it needs."""
-    parts = []
-    for start in range(0, len(batch.ids), rows):
-        part = slice(start, start + rows)
-        columns = batch.trained[part].any(0).nonzero()
-        length = int(columns.max()) + 1 if len(columns) else batch.ids.shape[1]
-        parts.append(
-            Batch(
-                ids=batch.ids[part, :length],
-                trained=batch.trained[part, :length],
-                source=batch.source[part],
-                share=batch.share[part],
-                labels=batch.labels[part],
-            )
-        )
-    return parts
+    starts = range(0, len(batch.ids), rows)
+    return [_part(batch, slice(start, start + rows)) for start in starts]
+
+
+def _part(batch: Batch, part: slice) -> Batch:
+    columns = batch.trained[part].any(0).nonzero()
+    length = int(columns.max()) + 1 if len(columns) else batch.ids.shape[1]
+    return Batch(
+        ids=batch.ids[part, :length],
+        trained=batch.trained[part, :length],
+        source=batch.source[part],
+        share=batch.share[part],
+        labels=batch.labels[part],
+    )

@@ -13,7 +13,7 @@ from bilevel.memory import Memory
 from bilevel.problem import Problem
 from bilevel.result import Status
 from bilevel.solver import Solver, State, require
-from bilevel.solvers.penalty.sweeps import Point, sweep
+from bilevel.solvers.penalty.sweeps import Point, explained, sweep
 from bilevel.variable import optimizer_by_name
 
 
@@ -36,6 +36,7 @@ class VPBGD(Solver):
     """
 
     order: ClassVar[int] = 1
+    parallel: ClassVar[bool] = True
 
     penalty: float = 10.0
     """The penalty (gamma) that the schedule rises to."""
@@ -85,6 +86,7 @@ class VPBGD(Solver):
         below = self._sweep(problem, launcher, state, plain, batches)
         joint = Point(copy=y, weight=scale, share=1.0 / scale, scale=scale * penalty)
         state.upper, state.lower = self._sweep(problem, launcher, state, joint, batches)
+        launcher.settle([x])
         set_lr(x, self.upper_lr * scale)
         step_with_upper(launcher, state, [y, z])
         gap = penalty * (state.lower - below[1])
@@ -109,5 +111,6 @@ class VPBGD(Solver):
         batches: tuple[Any, Any],
     ) -> tuple[float, float]:
         seen = sweep(problem, launcher, state, point, batches)
-        finite_norm(problem, state.variables["x"], point.copy, *batches)
+        launcher.settle([point.copy])
+        finite_norm(problem, state.variables["x"], point.copy, *explained(launcher, batches))
         return seen.upper, seen.lower

@@ -15,7 +15,7 @@ from bilevel.memory import Full, Memory
 from bilevel.problem import Problem
 from bilevel.result import Status
 from bilevel.solver import Solver, State, require
-from bilevel.solvers.penalty.sweeps import Point, pull, sweep
+from bilevel.solvers.penalty.sweeps import Point, explained, pull, sweep
 from bilevel.tree import leaves
 from bilevel.variable import Variable, optimizer_by_name
 
@@ -42,6 +42,7 @@ class RecursivePenalty(Solver):
     """
 
     order: ClassVar[int] = 1
+    parallel: ClassVar[bool] = True
 
     penalty: float = 10.0
     """The penalty (1/sigma)."""
@@ -99,7 +100,7 @@ class RecursivePenalty(Solver):
         for copy in (y, z):
             if self.prox:
                 pull(copy, state.vectors[f"center of {copy.name}"], self.prox)
-            finite_norm(problem, x, copy, *batches)
+            finite_norm(problem, x, copy, *explained(launcher, batches))
         if state.step >= self.warmup:
             step_with_upper(launcher, state, [y, z])
         else:
@@ -125,6 +126,7 @@ class RecursivePenalty(Solver):
         upper = Point(copy=y, weight=1.0 / self.penalty, share=self.penalty)
         plain = Point(copy=z, weight=0.0, share=-self.penalty)
         seen, below = (sweep(problem, launcher, state, p, batches) for p in (upper, plain))
+        launcher.settle([state.variables["x"], y, z])
         return seen.upper, seen.lower, self.penalty * (seen.lower - below.lower)
 
     def _gradients_before(

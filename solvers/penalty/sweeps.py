@@ -29,7 +29,7 @@ class Point:
     scale: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Seen:
     """The losses of one sweep at one copy; f is 0 where it has no weight."""
 
@@ -66,18 +66,32 @@ def sweep(
     upper = lower = 0.0
     with x.weighted(point.share):
         if point.weight:
-            for part in problem.split(batches[0]):
+            for part in launcher.parts(problem, batches[0]):
                 loss = problem.upper(x.value, copy.value, part)
-                launcher.backward(point.weight * loss)
-                upper += finite_loss("upper", loss, problem, x, copy, part)
+                launcher.backward(point.weight * loss, last=False)
+                upper += float(loss.detach())
             state.counts["upper_grad"] += 1
-        for part in problem.split(batches[1]):
+        parts = launcher.parts(problem, batches[1])
+        for part in parts:
             loss = problem.lower(x.value, copy.value, part)
-            launcher.backward(loss if point.scale == 1.0 else point.scale * loss)
-            lower += finite_loss("lower", loss, problem, x, copy, part)
+            scaled = loss if point.scale == 1.0 else point.scale * loss
+            launcher.backward(scaled, last=part is parts[-1])
+            lower += float(loss.detach())
     state.counts["lower_grad"] += 1
     state.counts["sweeps"] += 1
-    return Seen(upper=upper, lower=lower)
+    seen = Seen(*launcher.total([upper, lower]))
+    told = explained(launcher, batches) or (None, None)
+    finite_loss("upper", seen.upper, problem, x, copy, told[0])
+    finite_loss("lower", seen.lower, problem, x, copy, told[1])
+    return seen
+
+
+def explained(launcher: Launcher, batches: tuple[Any, Any]) -> tuple[Any, ...]:
+    """The batches that a problem may explain a number with that is not finite.
+
+    None on several processes: each would look at its own share, and wait for the others.
+    """
+    return batches if launcher.world_size == 1 else ()
 
 
 def clip(

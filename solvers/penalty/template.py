@@ -17,7 +17,16 @@ from bilevel.result import Status
 from bilevel.solver import Solver, State, require
 from bilevel.solvers.penalty.extrapolation import extrapolate, restart
 from bilevel.solvers.penalty.stencils import stencil
-from bilevel.solvers.penalty.sweeps import Point, Seen, bends_down, clip, draw_in, pull, sweep
+from bilevel.solvers.penalty.sweeps import (
+    Point,
+    Seen,
+    bends_down,
+    clip,
+    draw_in,
+    explained,
+    pull,
+    sweep,
+)
 from bilevel.tree import leaves
 from bilevel.variable import Variable, optimizer_by_name
 
@@ -62,6 +71,7 @@ class Penalty(Solver):
     """
 
     order: ClassVar[int] = 1
+    parallel: ClassVar[bool] = True
 
     stencil: int = 2
     """Order p of the finite difference: bias O(nu^p) with 2 ceil(p/2) copies of y."""
@@ -141,6 +151,7 @@ class Penalty(Solver):
             batches = next(state.streams["upper"]), next(state.streams["lower"])
             with contextlib.nullcontext() if last and moves else x.frozen():
                 seen = [sweep(problem, launcher, state, point, batches) for point in points]
+            launcher.settle([x, *copies])
             first = first or seen
             if last and not self._trusted(state, points, first, seen):
                 moves = False
@@ -148,7 +159,7 @@ class Penalty(Solver):
             if self.prox:
                 for copy in copies:
                     pull(copy, state.vectors[f"center of {copy.name}"], self.prox)
-            clip(problem, x, copies, self.clip, *batches)
+            clip(problem, x, copies, self.clip, *explained(launcher, batches))
             if last and moves:
                 self._move(launcher, state, copies)
             else:

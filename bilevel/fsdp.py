@@ -1,0 +1,227 @@
+"""Launchers on torch's own engine for sharded modules: `FSDP2` shards, `DDP` replicates."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from bilevel import processes
+from bilevel.blocks import units
+from bilevel.errors import InputError
+from bilevel.launch import Launcher
+from bilevel.problem import Problem
+from bilevel.tree import Value, clone, leaves, named_leaves
+from bilevel.variable import OptimizerFactory, Variable
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class _Engine(Launcher):
+    """Modules live in `fully_shard` groups on a mesh of processes; trees are replicated."""
+
+    processes: int
+    timeout: float
+
+    @abstractmethod
+    def mesh(self, device: str) -> Any:
+        """The mesh of processes that `fully_shard` takes."""
+
+    def check(
+        self, problem: Problem, *, order: int, parallel: bool, constrained: bool
+    ) -> list[str]:
+        name, count = type(self).__name__.lower(), processes.expected()
+        faults = []
+        if self.processes not in (0, count):
+            faults.append(
+                f"launcher.processes={self.processes}, but {count} were started; start them with "
+                "torchrun --nproc-per-node (accelerate launch starts only one on a machine "
+                "without GPU)."
+            )
+        if order > 1:
+            faults.append(
+                f"launcher={name} cannot run a solver that takes second derivatives, which do not "
+                "pass through sharded modules; use launcher=single, or a first-order solver such "
+                "as penalty."
+            )
+        elif not parallel:
+            faults.append(
+                f"launcher={name} needs a solver that gathers all gradients through its launcher; "
+                "use one of the penalty family, or launcher=single."
+            )
+        if constrained:
+            faults.append(f"launcher={name} cannot project a lower variable; use launcher=single.")
+        return faults + (problem.check_share(count) if count > 1 else [])
+
+    def open(self) -> None:
+        processes.connect(timeout=self.timeout)
+
+    def close(self) -> None:
+        processes.disconnect()
+
+    def variable(
+        self,
+        name: str,
+        value: Value,
+        optimizer: OptimizerFactory,
+        project: Callable[[Value], Value] | None = None,
+    ) -> Variable:
+        processes.same(f"the start of {name}", _digest(value))
+        if not isinstance(value, nn.Module):
+            return Variable(name, value, optimizer, project)
+        blueprint = _blueprint(value)
+        variable = Variable(name, self._shard(value), optimizer, project)
+        variable.blueprint = blueprint
+        return variable
+
+    def twin(self, original: Variable, name: str, optimizer: OptimizerFactory) -> Variable:
+        if not isinstance(original.value, nn.Module):
+            return Variable(name, clone(original.value), optimizer, original.project)
+        device = leaves(original.value)[0].device.type
+        module = self._shard(deepcopy(original.blueprint), device)
+        held = {k: v.detach().clone() for k, v in original.value.state_dict().items()}
+        module.load_state_dict(held, assign=True)
+        variable = Variable(name, module, optimizer, original.project)
+        variable.blueprint = original.blueprint
+        return variable
+
+    def parts(self, problem: Problem, batch: Any) -> Sequence[Any]:
+        own = batch
+        if self.world_size > 1:
+            own = problem.share(batch, processes.rank(), self.world_size)
+        return problem.split(own)
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        if loss.requires_grad:
+            for module in self._sharded:
+                module.set_requires_gradient_sync(last)
+            loss.backward()
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        return processes.total(numbers)
+
+    def told(self, text: str) -> str:
+        return processes.broadcast(text)
+
+    def settle(self, variables: Sequence[Variable]) -> None:
+        for variable in variables:
+            if not isinstance(variable.value, nn.Module):
+                own = [p for p in leaves(variable.value) if p.requires_grad]
+                processes.add_gradients(own)
+
+    def step(self, variables: Sequence[Variable]) -> None:
+        for variable in variables:
+            variable.step()
+
+    @property
+    def world_size(self) -> int:
+        return processes.count()
+
+    @property
+    def is_main(self) -> bool:
+        return processes.rank() == 0
+
+    def _shard(self, module: nn.Module, device: str | None = None) -> nn.Module:
+        """Put every unit of a module, and what is left, into groups of their own."""
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        half = any(p.dtype in HALF for p in module.parameters())
+        options = {
+            "mesh": self.mesh(device or next(module.parameters()).device.type),
+            "reshard_after_forward": True,
+            "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None),
+        }
+        for part in [*units(module), module]:
+            fully_shard(part, **options)
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.set_gradient_divide_factor(1.0)  # losses are shares of a sum
+                part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        self._sharded.add(module)
+        return module
+
+    @cached_property
+    def _sharded(self) -> WeakSet[Any]:
+        """The modules that this launcher has sharded, while anyone holds them."""
+        return WeakSet()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDP2(_Engine):
+    """Every process holds its shard of y and its copies, gathered block by block when used.
+
+    Started by torchrun; one process without a starter. Gradients, optimizer state and LISA's
+    switches live on the shards. Built on `torch.distributed.fsdp.fully_shard`.
+    """
+
+    processes: int = 0
+    """How many processes there must be; 0 takes as many as were started."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+
+    def mesh(self, device: str) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(device, (processes.count(),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDP(_Engine):
+    """Every process holds y and its copies whole, and works on its share of each batch.
+
+    Started by torchrun; one process without a starter. The engine is that of `FSDP2` on a mesh of
+    replicas with one shard each, so that LISA's switches need no new wrapping.
+    """
+
+    processes: int = 0
+    """How many processes there must be; 0 takes as many as were started."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+
+    def mesh(self, device: str) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        names = ("replicate", "shard")
+        return init_device_mesh(device, (processes.count(), 1), mesh_dim_names=names)
+
+
+def _check_options(launcher: _Engine) -> None:
+    faults = []
+    if launcher.processes < 0:
+        faults.append(f"launcher.processes must be non-negative, got {launcher.processes}.")
+    if not 0 < launcher.timeout < math.inf:
+        faults.append(f"launcher.timeout must be positive and finite, got {launcher.timeout}.")
+    if faults:
+        raise InputError(faults)
+
+
+def _digest(value: Value) -> str:
+    """What tells one start from another: shapes, types and the first entries of every leaf."""
+    parts = []
+    for name, leaf in named_leaves(value).items():
+        first = leaf.detach().flatten()[:64].double().tolist()
+        parts.append(f"{name} {leaf.dtype} {tuple(leaf.shape)} {first}")
+    return "\n".join(parts)
+
+
+def _blueprint(module: nn.Module) -> nn.Module:
+    """A copy of a module whose parameters take no memory; its buffers are copies."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        for p in module.parameters()
+    }
+    return deepcopy(module, memo)

@@ -1,0 +1,120 @@
+"""One process of a run that tests/test_processes.py starts: every launcher with every memory."""
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from bilevel import LISA, Always, Full, Launcher, Problem, solve
+from bilevel.fsdp import DDP, FSDP2
+from bilevel.problems.llm_reweight import LLMReweight
+from bilevel.solvers.penalty import VPBGD, Penalty, RecursivePenalty, scalebio
+from bilevel.tree import leaves, local, whole
+
+LAUNCHERS = {"fsdp2": FSDP2(), "ddp": DDP()}
+MEMORIES = {"full": Full(), "lisa": LISA(gamma=1, period=4)}
+SOLVERS = {
+    "scalebio": scalebio(warmup=2, clip=1.0),
+    "penalty": Penalty(  # Adam would turn rounding of small gradients into whole steps
+        inner_steps=2,
+        warmup=1,
+        prox=1.0,
+        penalty=10.0,
+        growth=1.0,
+        upper_optimizer="sgd",
+        upper_lr=0.02,
+        lower_lr=0.01,
+    ),
+    "vpbgd": VPBGD(inner_steps=2, rise=3),
+    "recursive": RecursivePenalty(warmup=1),
+    "tree": Penalty(inner_steps=3, warmup=1, upper_optimizer="sgd", upper_step="normalized"),
+    "tree-joint": VPBGD(inner_steps=2, rise=3),
+}
+CASES = [
+    *((launcher, memory, "scalebio", 0) for launcher in LAUNCHERS for memory in MEMORIES),
+    ("fsdp2", "full", "scalebio", 3),
+    ("fsdp2", "lisa", "scalebio", 2),
+    ("ddp", "lisa", "scalebio", 3),
+    *(("fsdp2", "full", solver, 0) for solver in ("penalty", "vpbgd", "recursive")),
+    *(("ddp", "full", solver, 0) for solver in ("tree", "tree-joint")),
+]
+STEPS = 10
+
+
+class Rows(Problem):
+    """Weighted least squares with one weight per row, y a dict, all rows in every batch."""
+
+    def init(self, generator):
+        y = {"a": torch.zeros(3, dtype=torch.float64), "b": torch.zeros(1, dtype=torch.float64)}
+        return torch.zeros(8, dtype=torch.float64), y
+
+    def batches(self, generator):
+        return Always(torch.arange(4, 8)), Always(torch.arange(8))
+
+    def share(self, batch, index, count):
+        return batch[index::count]
+
+    def check_share(self, count):
+        return []
+
+    def residuals(self, y, batch):
+        rows = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        return rows[batch, :3] @ y["a"] + y["b"] - rows[batch, 4]
+
+    def upper(self, x, y, batch):
+        return self.residuals(y, batch).square().sum() / 4
+
+    def lower(self, x, y, batch):
+        return (x[batch].sigmoid() * self.residuals(y, batch).square()).sum() / 8
+
+
+@cache
+def llm(folder: Path, micro_batch: int = 0) -> LLMReweight:
+    sources = tuple(str(folder / f"{name}.jsonl") for name in ("good", "fair", "bad"))
+    return LLMReweight(
+        sources=sources,
+        target=str(folder / "target.jsonl"),
+        layers=3,
+        width=32,
+        batch=12,
+        target_batch=8,
+        micro_batch=micro_batch,
+        max_length=24,
+        verdict=False,
+    )
+
+
+def run(
+    folder: Path, launcher: Launcher, memory: str, solver: str, micro_batch: int
+) -> dict[str, torch.Tensor]:
+    """The weights, the whole of y, and the losses of one run."""
+    result = solve(
+        Rows() if solver.startswith("tree") else llm(folder, micro_batch),
+        SOLVERS[solver],
+        steps=STEPS,
+        memory=MEMORIES[memory],
+        launcher=launcher,
+    )
+    flat = torch.cat([whole(p.detach()).flatten() for p in leaves(result.y)])
+    losses = [[row["upper"], row["lower"]] for row in result.history]
+    return {
+        "x": result.x,
+        "y": flat,
+        "losses": torch.tensor(losses, dtype=torch.float64),
+        "held": torch.tensor(sum(local(p).numel() for p in leaves(result.y))),
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for case in CASES:
+        launcher = LAUNCHERS[case[0]]
+        found = run(folder, launcher, *case[1:])
+        if launcher.is_main:
+            save_file(found, folder / f"{'-'.join(map(str, case))}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
