@@ -21,8 +21,8 @@ class Batch(Problem):
 
     The copies do not touch: a solver whose operations act entry by entry (penalty, f2sa, itd, soba,
     neumann, with SGD or Adam) does for each what it would do alone, to rounding. Solvers that take
-    norms or inner products over all of y (cg, clipping, line searches) share those among the
-    copies. All copies see the same batches of data.
+    norms or inner products over all of y (cg, clipping, line searches, and penalty unless settle=0)
+    share those among the copies. All copies see the same batches of data.
 
     Args:
         problem: Of trees of tensors; its losses must be functions that `torch.func.vmap` takes.

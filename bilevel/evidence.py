@@ -19,6 +19,7 @@ NUMBERS = {
     "penalty_gap": "penalty (g(x, y) - g(x, z)): O(nu) for the forward stencil, else O(nu^2); "
     "negative for the forward one only while z is not the minimizer of g",
     "stencil": "the order of the finite difference now in use",
+    "lag": "|H v + grad_y f| / |grad_y f| for the v that the copies of y stand for",
     "doubts": "steps in a row at which g - nu f looked as if it had no minimum",
     "bound": "certified bound on |estimate - dF|",
     "accuracy": "certified bound on |y - y*(x)| where the hypergradient was taken",

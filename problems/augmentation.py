@@ -40,7 +40,6 @@ class Augmentation(Problem):
     solver_options: ClassVar[dict[str, Any]] = {
         "upper_lr": 0.05,
         "inner_steps": 20,
-        "growth": 1.0,  # of the penalty: the inner steps do not solve for y (docs/log.md)
     }
 
     train: int = 60

@@ -38,7 +38,6 @@ class Pruning(Problem):
     solver_options: ClassVar[dict[str, Any]] = {
         "lower_optimizer": "adam",
         "lower_lr": 0.02,
-        "growth": 1.0,  # of the penalty: ten inner steps do not solve for y (docs/log.md)
     }
 
     keep: float = 0.05

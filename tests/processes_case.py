@@ -29,7 +29,9 @@ SOLVERS = {
     ),
     "vpbgd": VPBGD(inner_steps=2, rise=3),
     "recursive": RecursivePenalty(warmup=1),
-    "tree": Penalty(inner_steps=3, warmup=1, upper_optimizer="sgd", upper_step="normalized"),
+    "tree": Penalty(
+        inner_steps=3, warmup=1, settle=0.0, upper_optimizer="sgd", upper_step="normalized"
+    ),
     "tree-joint": VPBGD(inner_steps=2, rise=3),
 }
 CASES = [

@@ -24,8 +24,8 @@ def starts(problem, count, seed):
 @pytest.mark.parametrize(
     "solver",
     [
-        Penalty(),
-        Penalty(upper_optimizer="sgd"),
+        Penalty(settle=0.0),  # the copies share the norms that let the penalty grow
+        Penalty(settle=0.0, upper_optimizer="sgd"),
         AID(linear="neumann", linear_steps=5, lower_lr=0.05),
     ],
     ids=["adam", "sgd", "neumann"],

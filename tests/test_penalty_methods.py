@@ -174,9 +174,9 @@ def test_many_minimizers_give_the_optimistic_solution_with_error_in_nu(prox):
 def test_order_2_falls_back_where_many_minimizers_leave_it_no_minimum():
     problem = ManyMinimisers(dim_x=2)
     solver = Penalty(lower_lr=0.15, max_penalty=100.0, **SGD)
-    result = bilevel.solve(problem, solver, steps=400)
+    result = bilevel.solve(problem, solver, steps=800)
     assert result.evidence["stencil"] == 1
-    assert distance(result, problem) < 0.005  # measured 0.0034; the bias is O(1/100)
+    assert distance(result, problem) < 0.001  # measured 0.0005; it waits for w, of curvature nu
 
 
 @pytest.mark.parametrize("name", ["order 1", "order 2", "proximal", "recursive", "joint"])

@@ -9,7 +9,8 @@ from bilevel.solvers.penalty.template import Penalty
 
 def f2sa(**options: Any) -> Penalty:
     """F2SA: forward difference, one inner step, growing penalty (Kwon et al., 2301.10945)."""
-    return Penalty(**{"stencil": 1, "inner_steps": 1, "growth": 1.005, "warmup": 0} | options)
+    defaults = {"stencil": 1, "inner_steps": 1, "growth": 1.005, "settle": 0.0, "warmup": 0}
+    return Penalty(**defaults | options)
 
 
 def f2ba(**options: Any) -> Penalty:

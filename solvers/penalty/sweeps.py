@@ -13,7 +13,7 @@ from bilevel.descent import finite_norm
 from bilevel.launch import Launcher
 from bilevel.problem import Problem
 from bilevel.solver import State, finite_loss
-from bilevel.tree import dot, leaves
+from bilevel.tree import dot, leaves, norm
 from bilevel.variable import Variable
 
 ROUNDING = 64  # roundings of the losses below which a difference of them says nothing
@@ -35,6 +35,8 @@ class Seen:
 
     upper: float
     lower: float
+    pull: float = 0.0
+    """|weight grad_y f|, where it was asked for."""
 
     def at(self, point: Point) -> float:
         """h = scale g + weight f."""
@@ -48,7 +50,13 @@ class Seen:
 
 
 def sweep(
-    problem: Problem, launcher: Launcher, state: State, point: Point, batches: tuple[Any, Any]
+    problem: Problem,
+    launcher: Launcher,
+    state: State,
+    point: Point,
+    batches: tuple[Any, Any],
+    *,
+    measured: bool = False,
 ) -> Seen:
     """One pass of h at a copy, forward and backward; x gathers share grad_x h.
 
@@ -58,12 +66,13 @@ def sweep(
         state: Holds x; counts the gradients.
         point: The copy and its weights.
         batches: Of the upper and the lower loss.
+        measured: Whether the norm of what f adds to the copy's gradient is wanted.
 
     Raises:
         NonFiniteError: If a loss is not finite.
     """
     x, copy = state.variables["x"], point.copy
-    upper = lower = 0.0
+    upper = lower = size = 0.0
     with x.weighted(point.share):
         if point.weight:
             for part in launcher.parts(problem, batches[0]):
@@ -71,6 +80,8 @@ def sweep(
                 launcher.backward(point.weight * loss, last=False)
                 upper += float(loss.detach())
             state.counts["upper_grad"] += 1
+            if measured:
+                size = norm(copy.gradient())
         parts = launcher.parts(problem, batches[1])
         for part in parts:
             loss = problem.lower(x.value, copy.value, part)
@@ -79,7 +90,7 @@ def sweep(
             lower += float(loss.detach())
     state.counts["lower_grad"] += 1
     state.counts["sweeps"] += 1
-    seen = Seen(*launcher.total([upper, lower]))
+    seen = Seen(*launcher.total([upper, lower]), pull=size)
     told = explained(launcher, batches) or (None, None)
     finite_loss("upper", seen.upper, problem, x, copy, told[0])
     finite_loss("lower", seen.lower, problem, x, copy, told[1])

@@ -16,6 +16,7 @@ from bilevel.problem import Problem
 from bilevel.result import Status
 from bilevel.solver import Solver, State, require
 from bilevel.solvers.penalty.extrapolation import extrapolate, restart
+from bilevel.solvers.penalty.schedule import End, end, lag
 from bilevel.solvers.penalty.stencils import stencil
 from bilevel.solvers.penalty.sweeps import (
     Point,
@@ -55,8 +56,12 @@ class Penalty(Solver):
     Where its mean curvature between y and such a copy is negative, or its loss rises while that of
     y falls, x is held; after `patience` such steps in a row the stencil becomes the forward one.
 
-    When the penalty grows the copies are drawn in, y_j <- c + (nu'/nu) (y_j - c) about their center
-    c, where they belong to first order; without it they lag behind a growing penalty.
+    The penalty grows by `growth` in steps where the copies keep up: where the linear system that
+    they solve together, H v = -grad_y f with v = penalty * sum_j c_j y_j, is solved to a relative
+    residual of `settle`. Elsewhere that residual limits the estimate, not the bias, and a larger
+    penalty would make the errors of the copies count for more. When it grows the copies are drawn
+    in, y_j <- c + (nu'/nu) (y_j - c) about their center c, where they belong to first order;
+    without it they lag behind a growing penalty.
 
     With `prox` the copies minimize g + nu_j f + |y_j - w_j|^2 / 2 prox, and every upper step moves
     the centers, w <- (1 - center_rate) w + center_rate y: for lower levels that are not strongly
@@ -66,8 +71,8 @@ class Penalty(Solver):
     Optimization, 2023 (order 1); Chen, Ma, Zhang, 2306.14853 (several inner steps, momentum);
     Chen, Li, Chayti, Zhang, 2509.02937 (order p, normalized); Kwon, Kwon, Wright, Nowak, 2309.01753
     (prox centers); Pan et al., ScaleBiO, ACL 2025 (one inner step, Adam). Deviations: scaled form
-    g + nu f, the same batches for all copies, x held for `warmup` steps, drawing in,
-    the fallback.
+    g + nu f, the same batches for all copies, x held for `warmup` steps, when the
+    penalty grows, drawing in, the fallback.
     """
 
     order: ClassVar[int] = 1
@@ -78,7 +83,10 @@ class Penalty(Solver):
     penalty: float = 10.0
     """The penalty at the start (alpha, lambda or 1/nu in the literature)."""
     growth: float = 1.1
-    """Factor on the penalty after every upper step that moves x."""
+    """Factor on the penalty after an upper step that moves x and settles the copies."""
+    settle: float = 0.1
+    """Relative residual of the copies' linear system up to which the penalty grows; 0 always lets
+    it grow, as do several processes."""
     max_penalty: float = 0.0
     """Cap of the penalty; 0 takes the dtype's: 1e6 float64, 1e3 float32, 1e2 bfloat16."""
     inner_steps: int = 10
@@ -113,7 +121,7 @@ class Penalty(Solver):
     """Stop when the largest change of an entry of x in one step is below this; 0 never stops."""
 
     def __post_init__(self) -> None:
-        names = ("warmup", "ramp", "max_penalty", "clip", "tolerance", "prox", "patience")
+        names = ("warmup", "ramp", "max_penalty", "clip", "tolerance", "prox", "patience", "settle")
         require(
             self,
             penalty="positive",
@@ -145,12 +153,16 @@ class Penalty(Solver):
         moves = state.step >= self.warmup
         if moves and self.momentum:
             extrapolate(state, self.momentum)
+        alone = launcher.world_size == 1  # gradients are not complete between two backward passes
+        measured = moves and alone and self.growth > 1 and self.settle > 0
         first: list[Seen] = []
+        ends: list[End] = []
         for inner in range(self.inner_steps):
             last = inner == self.inner_steps - 1
+            asked = measured and inner >= self.inner_steps - 2
             batches = next(state.streams["upper"]), next(state.streams["lower"])
             with contextlib.nullcontext() if last and moves else x.frozen():
-                seen = [sweep(problem, launcher, state, point, batches) for point in points]
+                seen = [sweep(problem, launcher, state, p, batches, measured=asked) for p in points]
             launcher.settle([x, *copies])
             first = first or seen
             if last and not self._trusted(state, points, first, seen):
@@ -159,12 +171,14 @@ class Penalty(Solver):
             if self.prox:
                 for copy in copies:
                     pull(copy, state.vectors[f"center of {copy.name}"], self.prox)
+            if asked:
+                ends.append(end(problem, points, seen[0], batches))
             clip(problem, x, copies, self.clip, *explained(launcher, batches))
             if last and moves:
                 self._move(launcher, state, copies)
             else:
                 launcher.step(copies)
-        self._finish(state, copies, moved=moves)
+        self._finish(state, copies, grows=moves and self._settled(state, ends))
         return state
 
     def terminate(self, state: State) -> Status | None:
@@ -202,6 +216,13 @@ class Penalty(Solver):
         state.numbers["doubts"] = state.numbers.get("doubts", 0.0) + 1 if doubt else 0.0
         return not doubt
 
+    def _settled(self, state: State, ends: list[End]) -> bool:
+        """Whether the copies keep up with x, as far as that was measured; notes by how much not."""
+        if not ends:
+            return True
+        state.numbers["lag"] = lag(ends)
+        return state.numbers["lag"] <= self.settle
+
     def _move(self, launcher: Launcher, state: State, copies: list[Variable]) -> None:
         """Move every copy, and x: all gradients were taken at the old iterates."""
         x = state.variables["x"]
@@ -213,13 +234,13 @@ class Penalty(Solver):
         if self.momentum:
             restart(state, self.restart)
 
-    def _finish(self, state: State, copies: list[Variable], *, moved: bool) -> None:
+    def _finish(self, state: State, copies: list[Variable], *, grows: bool) -> None:
         """What follows an upper step: centers, penalty, and the fallback of the stencil."""
         for copy in copies if self.prox else []:
             centers = state.vectors[f"center of {copy.name}"]
             for center, p in zip(centers, leaves(copy.value), strict=True):
                 center.lerp_(p.detach(), self.center_rate)
-        if moved and self.growth > 1:
+        if grows and self.growth > 1:
             before = state.numbers["penalty"]
             state.numbers["penalty"] = min(before * self.growth, self._cap(copies[0]))
             draw_in(self._points(state), before / state.numbers["penalty"])
