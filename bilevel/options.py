@@ -80,6 +80,33 @@ def parse(arguments: Sequence[str]) -> Options:
     Raises:
         InputError: With every fault of keys and values, and what `check` of problem and solver say.
     """
+    names, parts, broken, faults = _filled(arguments)
+    if "problem" in parts and "problem" not in broken:
+        faults += parts["problem"].check()
+        if "solver" in parts and "solver" not in broken:
+            faults += parts["solver"].check(parts["problem"])
+            if not broken and all(kind in parts for kind in KINDS):
+                faults += fit(*(parts[kind] for kind in KINDS))
+    if faults:
+        raise InputError(faults)
+    return Options(names=names, **parts)
+
+
+def read(arguments: Sequence[str]) -> tuple[Options | None, list[str]]:
+    """The options of a command line and every fault of keys and values; nothing else is looked at.
+
+    Returns:
+        None for the options if a part is unknown; where a value is at fault, the default stands.
+    """
+    names, parts, _, faults = _filled(arguments)
+    whole = all(kind in parts for kind in KINDS)
+    return Options(names=names, **parts) if whole else None, faults
+
+
+def _filled(
+    arguments: Sequence[str],
+) -> tuple[dict[str, str], dict[str, Any], set[str], list[str]]:
+    """The names of the parts, the parts with their options, the broken ones, and all faults."""
     faults: list[str] = []
     given = _given(arguments, faults)
     names, parts = _parts(given, faults)
@@ -109,15 +136,7 @@ def parse(arguments: Sequence[str]) -> Options:
         except ValueError as error:
             faults += error.faults if isinstance(error, InputError) else [f"{kind}: {error}"]
             broken.add(kind)
-    if "problem" in parts and "problem" not in broken:
-        faults += parts["problem"].check()
-        if "solver" in parts and "solver" not in broken:
-            faults += parts["solver"].check(parts["problem"])
-            if not broken and all(kind in parts for kind in KINDS):
-                faults += fit(*(parts[kind] for kind in KINDS))
-    if faults:
-        raise InputError(faults)
-    return Options(names=names, **parts)
+    return names, parts, broken, faults
 
 
 def help_text(arguments: Sequence[str]) -> str:
