@@ -7,20 +7,20 @@ import pytest
 
 CORE = Path(__file__).parent.parent / "bilevel"
 ORDER = [
-    ["errors", "tree", "result", "fields", "evidence", "datasets", "picture"],
+    ["errors", "tree", "result", "fields", "evidence", "datasets", "picture", "cards", "storage"],
     ["votes", "linear", "spectrum", "projection"],
-    ["variable", "blocks", "processes", "precision"],
+    ["variable", "precision", "blocks", "processes"],
     ["problem", "memory"],
     ["launch"],
     ["oracle", "solver", "checkpoint", "plugins", "fsdp"],
-    ["descent", "check", "resolve", "batch"],
+    ["descent", "check", "resolve", "batch", "footprint"],
     ["hypergradient"],
     ["compare"],
     ["solve"],
     ["testing"],
     ["__init__"],
     ["options"],
-    ["report", "run"],
+    ["report", "run", "plan"],
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 

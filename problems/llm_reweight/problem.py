@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bilevel import InputError, Problem, Stream
+from bilevel import InputError, Launcher, Memory, Problem, Solver, Stream
+from bilevel.footprint import Footprint, Work
 from bilevel.problems.llm_reweight import data as data_module
 from bilevel.problems.llm_reweight import model as model_module
 from bilevel.problems.llm_reweight import placement as placement_module
@@ -136,7 +137,8 @@ class LLMReweight(Problem):
     def names(self) -> list[str]:
         return list(self.data.sources)
 
-    def check(self) -> list[str]:
+    def out_of_range(self) -> list[str]:
+        """Every option that no data and no machine could make right, as sentences."""
         least = {"batch": 1, "target_batch": 1, "max_length": 2, "layers": 1, "micro_batch": 0}
         least |= {"verdict_steps": 1, "verdict_seeds": 1, "loss_chunk": 0}
         faults = [
@@ -146,6 +148,10 @@ class LLMReweight(Problem):
         ]
         if self.width < 16 or self.width % 16:
             faults.append(f"problem.width must be a multiple of 16, got {self.width}.")
+        return faults
+
+    def check(self) -> list[str]:
+        faults = self.out_of_range()
         try:
             self.placement  # noqa: B018, read for what it raises
         except InputError as error:
@@ -287,6 +293,26 @@ class LLMReweight(Problem):
             f"not finite for {len(bad)} of {len(batch.labels)} rows (source:record from 0): "
             f"{', '.join(bad[:8])}{more}"
         )
+
+    @property
+    def number(self) -> torch.dtype:
+        """Of the model's parameters on a card, all of which compute in bfloat16."""
+        return torch.float32 if self.dtype == "float32" else torch.bfloat16
+
+    def shared(self, devices: int, given: Set[str]) -> tuple[LLMReweight, tuple[str, ...]]:
+        from bilevel.problems.llm_reweight import footprint
+
+        return footprint.shared(self, devices, given)
+
+    def footprint(self, work: Work, memory: Memory, launcher: Launcher, devices: int) -> Footprint:
+        from bilevel.problems.llm_reweight import footprint
+
+        return footprint.footprint(self, work, memory, launcher, devices)
+
+    def measured(self, solver: Solver, memory: Memory) -> tuple[float, float]:
+        from bilevel.problems.llm_reweight import rehearsal
+
+        return rehearsal.measured(self, solver, memory)
 
     def headline(self, record: dict[str, Any]) -> str:
         """The words of the progress line."""

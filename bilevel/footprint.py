@@ -1,0 +1,150 @@
+"""What one upper step needs: the answer of a problem, and what a solver asks of any problem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import InputError
+from bilevel.launch import Launcher, Single
+from bilevel.memory import Full, Memory
+from bilevel.problem import Functions
+from bilevel.solver import Solver
+
+ENTRIES = 1000
+"""Entries of y in the toy problem that a solver is watched on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one upper step of a solver does, whatever the problem."""
+
+    copies: int
+    """Copies of y."""
+    upper: int
+    """Gradients of the upper loss, over all copies."""
+    lower: int
+    """Gradients of the lower loss, over all copies."""
+    held: int
+    """Bytes that the optimizer holds for each number that it trains."""
+    width: int
+    """Bytes of a number that the optimizer computes with."""
+    kept: int
+    """Bytes of vectors that the solver keeps for each number of y."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What one upper step needs, in bytes, operations and tokens."""
+
+    parameters: Mapping[str, int]
+    """Numbers of the lower variable by part."""
+    trained: int
+    """Numbers of one copy that train at a time."""
+    moments: Mapping[str, Mapping[str, float]]
+    """Bytes on every device by part, at the moments of a step that may be the peak."""
+    host: Mapping[str, float]
+    """Bytes of the machine's own memory by part, over all processes."""
+    disk: Mapping[str, float]
+    """Bytes of files by part."""
+    flops: float
+    """Operations of one upper step, over all devices."""
+    tokens: int
+    """Tokens of the batches of one upper step, each counted once."""
+    traffic: Mapping[str, float]
+    """Bytes that every device receives in one upper step."""
+    assumptions: tuple[str, ...]
+    """What the figures rest on, in sentences."""
+    remedies: tuple[tuple[str, ...], ...]
+    """Changes of options that need less memory, cheapest first."""
+
+    @property
+    def peak(self) -> str:
+        """The moment that needs the most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def total(self) -> float:
+        """Bytes on every device at the peak."""
+        return sum(self.moments[self.peak].values())
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A problem that says what it needs before it is made."""
+
+    @property
+    def number(self) -> torch.dtype:
+        """Of the lower variable, on a card."""
+        ...
+
+    def shared(self, devices: int, given: Set[str]) -> tuple[Any, tuple[str, ...]]:
+        """The problem with batches that devices can share, where these are not among `given`;
+        and what was changed, in sentences."""
+        ...
+
+    def footprint(
+        self, work: Work, memory: Memory, launcher: Launcher, devices: int
+    ) -> Footprint: ...
+
+    def measured(self, solver: Solver, memory: Memory) -> tuple[float, float]:
+        """The bytes between steps and at the peak of a step in one process, on fake tensors."""
+        ...
+
+
+def work(solver: Solver, dtype: torch.dtype = torch.float32, memory: Memory | None = None) -> Work:
+    """Watch one upper step of a solver on a toy problem, with y in `dtype`.
+
+    Of a memory strategy those options count that `Full` has too, such as how it rounds.
+
+    Raises:
+        InputError: If the solver takes second derivatives or cannot step there.
+
+    >>> from bilevel.solvers.penalty import scalebio
+    >>> work(scalebio())
+    Work(copies=2, upper=1, lower=2, held=8, width=4, kept=0)
+    """
+    name = type(solver).__name__
+
+    def upper(x: Tensor, y: Tensor) -> Tensor:
+        return (y.float() - 1).square().mean()
+
+    def lower(x: Tensor, y: Tensor) -> Tensor:
+        return (y.float() - x.softmax(0)[0]).square().mean()
+
+    y0 = torch.zeros(ENTRIES, dtype=dtype)
+    problem = Functions(upper, lower, torch.zeros(3, dtype=torch.float64), y0)
+    if solver.order > 1:
+        raise InputError(f"{name} takes second derivatives, which cannot be planned yet.")
+    generator = torch.Generator().manual_seed(0)
+    own = {f.name for f in fields(Full)}
+    kept_options = fields(memory) if is_dataclass(memory) else ()
+    full = Full(**{f.name: getattr(memory, f.name) for f in kept_options if f.name in own})
+    state = solver.init(problem, full, Single(), generator)
+    state = solver.step(problem, Single(), state)
+    first = dict(state.counts)
+    state = solver.step(problem, Single(), state)
+    counts = {k: n - first[k] for k, n in state.counts.items()}
+    if not counts["lower_grad"]:
+        raise InputError(f"{name} takes no gradient of y, which cannot be planned yet.")
+    copies = [v for k, v in state.variables.items() if k != "x"]
+    held = _each([t for s in copies[0].optimizer.state.values() for t in s.values()])
+    kept = _each([t for vector in state.vectors.values() for t in vector])
+    return Work(
+        copies=len(copies),
+        upper=counts["upper_grad"],
+        lower=counts["lower_grad"],
+        held=sum(held),
+        width=max([*held, y0.element_size()]),
+        kept=sum(kept),
+    )
+
+
+def _each(tensors: list[Any]) -> list[int]:
+    """Bytes of an entry of every tensor that has the shape of y."""
+    own = [t for t in tensors if torch.is_tensor(t) and t.numel() == ENTRIES]
+    return [t.element_size() for t in own]

@@ -1,0 +1,458 @@
+"""What training a language model in two copies needs: bytes, operations and traffic of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Set
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from bilevel import LISA, Full, InputError, Launcher, Memory
+from bilevel.footprint import Footprint, Work
+from bilevel.problems.llm_reweight.losses import LOGITS
+from bilevel.problems.llm_reweight.shapes import Shape, shape
+
+if TYPE_CHECKING:
+    from bilevel.problems.llm_reweight.problem import LLMReweight
+
+SLACK = 2.5e9
+"""Bytes for the CUDA context, NCCL's buffers and what the allocator cannot use; assumed."""
+WIDE = 4
+"""Bytes of a number in float32, in which losses, norms and reductions are computed."""
+KEPT = 3
+"""Checkpoints on disk at a time: the last two and the one being written."""
+BYTES = {"auto": 2, "float32": 4, "bfloat16": 2}
+"""Of a number by problem.dtype; the cards that are planned for compute in bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What of memory strategy, launcher and problem decides the bytes; bytes are per number."""
+
+    weight: float = 2.0
+    """Of a weight of the model."""
+    bases: int = 2
+    """Whole models on the device: one for each copy of y, or one frozen base."""
+    learners: int = 2
+    """Copies of y."""
+    resident: int = 2
+    """Copies of y whose trained part, gradient and states are on the device at a time."""
+    blocks: int = 0
+    """Blocks that train at a time in one copy."""
+    ends: tuple[str, ...] = ("embedding", "head", "norms")
+    """Parts outside the blocks that train."""
+    rank: int = 0
+    """Of adapters on every matrix of the blocks; 0 has none."""
+    adapter: float = 4.0
+    """Of a number of an adapter."""
+    held: float = 12.0
+    """Of master copy and optimizer state together."""
+    held_on_host: bool = False
+    """Whether these are in host memory."""
+    kept: float = 0.0
+    """Of further vectors that the solver keeps, for each number of y."""
+    gradient: float = 2.0
+    """Of a gathered gradient."""
+    at_once: bool = True
+    """Whether all gradients exist together, rather than those of one block at a time."""
+    checkpointing: bool = True
+    """Whether blocks keep their input only and are computed again in the backward pass."""
+    chunk: int = 0
+    """Tokens whose logits exist at a time; 0 for all of a pass."""
+    weight_shards: int = 1
+    gradient_shards: int = 1
+    state_shards: int = 1
+    """Devices among which weights, gradients, and states are shared out."""
+    gathers: bool = False
+    """Whether blocks are gathered before use, which takes buffers."""
+    ends_apart: bool = True
+    """Whether embedding and head are gathered and freed by themselves."""
+    deferred: bool = False
+    """Whether gradients of several passes are summed whole, in float32, before they are shared."""
+    foreach: bool = True
+    """Whether the optimizer step computes on all tensors at once, with temporaries of that size."""
+    width: float = 4.0
+    """Of a number that the optimizer computes with."""
+
+    def trained(self, of: Shape) -> int:
+        """Numbers of one copy that train at a time."""
+        if self.rank:
+            return of.adapters(self.rank)
+        return self.blocks * of.block + sum(getattr(of, part) for part in self.ends)
+
+    def unit(self, of: Shape) -> int:
+        """Numbers of the largest part whose gradients exist at once in any case."""
+        if self.rank:
+            return of.adapters(self.rank) // of.blocks
+        return max(of.block if self.blocks else 0, *(getattr(of, part) for part in self.ends), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """The forward and backward passes of one upper step on one device."""
+
+    rows: int
+    """Rows of the largest pass."""
+    length: int
+    """Tokens of a row that are predicted from."""
+    lower: int
+    """Passes of one sweep over the lower batch."""
+    upper: int
+    """Passes of one sweep over the upper batch."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the largest pass."""
+        return self.rows * self.length
+
+
+def shared(
+    problem: LLMReweight, devices: int, given: Set[str]
+) -> tuple[LLMReweight, tuple[str, ...]]:
+    """The problem with batches rounded up to what devices share evenly, where these are defaults.
+
+    Returns:
+        It, and a sentence for each batch that was changed.
+    """
+    rounded = {
+        name: devices * ceil(getattr(problem, name) / devices)
+        for name in ("batch", "target_batch")
+        if name not in given and getattr(problem, name) % devices
+    }
+    notes = tuple(
+        f"problem.{name}={rows} rather than {getattr(problem, name)}, for {devices} devices."
+        for name, rows in rounded.items()
+    )
+    return dataclasses.replace(problem, **rounded), notes
+
+
+def footprint(
+    problem: LLMReweight, work: Work, memory: Memory, launcher: Launcher, devices: int
+) -> Footprint:
+    """What one upper step needs, by arithmetic on shapes; no weight and no data is read.
+
+    Raises:
+        InputError: With every option that cannot be planned.
+    """
+    faults = problem.out_of_range()
+    if faults:
+        raise InputError(faults)
+    of, made = None, None
+    for attempt in (partial(_shape, problem), partial(_rows, problem, devices)):
+        try:
+            found = attempt()
+            of = found if isinstance(found, Shape) else of
+        except InputError as error:
+            faults += error.faults
+    try:
+        made = choices(problem, work, memory, launcher, devices, of)
+    except InputError as error:
+        faults += error.faults
+    if faults or of is None or made is None:
+        raise InputError(faults)
+    passes = _rows(problem, devices)
+    return Footprint(
+        parameters={
+            "blocks": of.blocks * of.block,
+            "embedding": of.embedding,
+            "head": of.head,
+            "norms": of.norms,
+        },
+        trained=made.trained(of),
+        moments=moments(of, made, passes),
+        host=_host(of, made, devices),
+        disk=_disk(of, made),
+        flops=_step_tokens(problem, work, passes) * pass_flops(of, made, passes),
+        tokens=(problem.batch + problem.target_batch) * passes.length,
+        traffic=_traffic(of, made, passes, work),
+        assumptions=_assumptions(of, passes),
+        remedies=_remedies(problem, passes),
+    )
+
+
+def choices(
+    problem: LLMReweight,
+    work: Work,
+    memory: Memory,
+    launcher: Launcher,
+    devices: int,
+    of: Shape | None = None,
+) -> Choices:
+    """The choices that options make.
+
+    Raises:
+        InputError: For every strategy or launcher whose needs are not known here.
+    """
+    faults = []
+    weight = BYTES[problem.dtype]
+    base: dict[str, Any] = {
+        "weight": weight,
+        "bases": work.copies,
+        "learners": work.copies,
+        "resident": work.copies,
+        "held": work.held,
+        "kept": work.kept,
+        "width": work.width,
+        "gradient": weight,
+        "checkpointing": problem.checkpointing,
+        "chunk": problem.loss_chunk,
+    }
+    blocks = of.blocks if of else 1
+    match memory:
+        case Full():
+            base |= {"blocks": blocks}
+        case LISA():
+            if memory.gamma > blocks:
+                faults.append(
+                    f"memory.gamma must be at most the number of blocks, {blocks}, got "
+                    f"{memory.gamma}."
+                )
+            ends = tuple(n for n in ("embedding", "head", "norms") if getattr(memory, n))
+            base |= {"blocks": memory.gamma, "ends": ends}
+        case _:
+            faults.append(f"memory={type(memory).__name__.lower()} cannot be planned yet.")
+    match type(launcher).__name__:
+        case "Single":
+            if devices > 1:
+                faults.append(
+                    f"launcher=single uses one device, got devices={devices}; use launcher=fsdp2, "
+                    "or devices=1."
+                )
+        case "FSDP2":
+            shards = dict.fromkeys(("weight_shards", "gradient_shards", "state_shards"), devices)
+            apart = not of.tied if of else True
+            base |= shards | {"gathers": True, "ends_apart": apart, "deferred": True}
+        case "DDP":
+            base |= {"deferred": True}
+        case name:
+            faults.append(f"launcher={name.lower()} cannot be planned yet.")
+    if faults:
+        raise InputError(faults)
+    return Choices(**base)
+
+
+def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
+    """Bytes on one device by part at the moments that may be the peak of a step.
+
+    The copies are swept by turns, each gathering its gradient, then all step. So the peak is at the
+    head or at the lowest block of the last sweep, or in the optimizer's step; of gradients that are
+    summed whole before they are shared, those of the present sweep only.
+    """
+    n, trained = of.total, made.trained(of)
+    states = 0.0 if made.held_on_host else made.resident * trained * made.held / made.state_shards
+    fixed = {
+        "weights": made.bases * n * made.weight / made.weight_shards,
+        "adapters": made.learners * trained * made.adapter / made.weight_shards * bool(made.rank),
+        "master copies and optimizer": states + made.learners * n * made.kept / made.state_shards,
+        "context and slack": SLACK,
+    }
+    fixed["weights"] += (made.bases == 1 < made.resident and not made.rank) * (
+        (made.resident - 1) * trained * made.weight / made.weight_shards
+    )
+    several = passes.lower > 1
+    one = trained * made.gradient / made.gradient_shards
+    own = trained * WIDE if made.deferred and (several or passes.upper) else one
+    unit = made.unit(of) * made.gradient / made.gradient_shards
+    before = (made.resident - 1) * one
+    early = {"gradients": (before + own * several) * made.at_once}
+    late = {"gradients": before + own if made.at_once else unit}
+    inside = 2 * made.weight * of.inner  # gradients of what is inside a block, on their way
+    block = activations(of, made, trained=True) * made.checkpointing + inside
+    block, rest = block * passes.tokens, of.blocks * stored(of, made) * passes.tokens
+    buffers = _buffers(of, made, made.unit(of) * (made.gradient + WIDE))
+    found = {
+        "at the head": early
+        | {"activations": rest, "loss and head": head_bytes(of, made, passes.tokens)}
+        | _buffers(of, made, _head_trains(of, made) * of.embedding * WIDE),
+        "at the lowest block": late
+        | {"activations": rest / of.blocks + block}
+        | buffers,
+        "at the highest block": early | {"activations": rest + block} | buffers,
+        "in the optimizer's step": _step(of, made, one=one, unit=unit),
+    }
+    return {name: fixed | parts for name, parts in found.items()}
+
+
+def _step(of: Shape, made: Choices, *, one: float, unit: float) -> dict[str, float]:
+    """The optimizer's step of one copy: its gradient as wide as its states, and a temporary."""
+    trained = made.trained(of)
+    wider = max(0.0, made.width - made.gradient) * trained / made.gradient_shards
+    largest = 2 * max(of.embedding, max(a * b for a, b in of.linears))
+    temporaries = (trained if made.foreach else largest) * made.width / made.state_shards
+    return {
+        "gradients": made.resident * one + wider if made.at_once else unit,
+        "temporaries": temporaries if made.held else 0.0,
+    }
+
+
+def stored(of: Shape, made: Choices) -> float:
+    """Bytes that one token leaves in one block for the backward pass, the mean over the blocks."""
+    if made.checkpointing:
+        return made.weight * of.width
+    if made.rank:
+        return activations(of, made, trained=True)
+    share = made.blocks / of.blocks
+    active, frozen = (activations(of, made, trained=t) for t in (True, False))
+    return share * active + (1 - share) * frozen
+
+
+def activations(of: Shape, made: Choices, *, trained: bool) -> float:
+    """Bytes that autograd keeps of one token in one block that is not checkpointed.
+
+    Norms keep their float32 input; attention its queries, keys, values, output and a float32
+    log-sum for each head; the product of gate and value both factors and the input of the gate. A
+    matrix that trains keeps its input, a scale of a norm the normed vector.
+    """
+    e, h, inner = made.weight, of.width, of.inner
+    queries, keys = of.heads * of.head_size, of.groups * of.head_size
+    if of.kind == "gpt_neox":  # parallel norms of one input; values are a view of all three
+        kept = e * h + 6 * e * h + WIDE * of.heads
+        kept += e * inner * (7 if of.activation == "gelu_fast" else 1)
+        more = 2 * e * h + e * inner
+    else:
+        kept = 2 * WIDE * h + 2 * e * (queries + keys) + WIDE * of.heads + 3 * e * inner
+        more = 4 * e * h + e * inner
+    if made.rank:  # every adapter keeps its input and what is between its two matrices
+        more = made.adapter * sum(a + made.rank for a, _ in of.linears)
+    return kept + more * (trained or bool(made.rank))
+
+
+def head_bytes(of: Shape, made: Choices, tokens: int) -> float:
+    """Bytes at the head: log-probabilities and two gradients of them in float32, then its own.
+
+    Only so many tokens have logits at a time as are in a chunk (see `losses.token_losses`). From
+    the second chunk on, the gradient so far, that of the chunk and their sum exist together.
+    """
+    chunk = _chunk(of, made)
+    logits = WIDE * of.vocabulary * min(tokens, chunk)
+    own = _head_trains(of, made) * of.embedding * made.weight
+    several = tokens > chunk
+    return max(3 * logits + own * several, 1.5 * logits + own * (3 if several else 1))
+
+
+def pass_flops(of: Shape, made: Choices, passes: Passes) -> float:
+    """Operations of one pass, forward and backward, for each token.
+
+    A multiplication and its addition count as two. Attention is counted whole, as torch's counter
+    does; kernels that skip what a token may not see do about half of it. Gradients of the input
+    run from the head down to the lowest part that trains; where the embedding does not, LISA's
+    depth is the mean over its draws.
+    """
+    queries = of.heads * of.head_size
+    matrices, head = 2 * of.matrices * of.blocks, 2 * of.embedding
+    seen = 4 * queries * passes.length * of.blocks
+    depth = 1.0
+    if "embedding" not in made.ends and not made.rank and made.blocks:
+        depth = (of.blocks + 1 - (of.blocks + 1) / (made.blocks + 1)) / of.blocks
+    forward = matrices + seen + head
+    inputs = depth * (matrices + 2.5 * seen) + head
+    weights = 2 * of.matrices * made.blocks if not made.rank else 0
+    weights += head * _head_trains(of, made)
+    again = made.checkpointing * (matrices + seen) + (passes.tokens > _chunk(of, made)) * head
+    low_rank = (6 + 2 * made.checkpointing) * of.adapters(made.rank)
+    return forward + inputs + weights + again + low_rank
+
+
+def _shape(problem: LLMReweight) -> Shape:
+    return shape(problem.model, layers=problem.layers, width=problem.width)
+
+
+def _rows(problem: LLMReweight, devices: int) -> Passes:
+    """How the batches of a step are passed on one device.
+
+    Raises:
+        InputError: If they cannot be shared out.
+    """
+    counts = {"batch": problem.batch, "target_batch": problem.target_batch}
+    faults = [
+        f"problem.{name} must be a multiple of devices={devices}, got {rows}."
+        for name, rows in counts.items()
+        if rows % devices
+    ]
+    if faults:
+        raise InputError(faults)
+    lower, upper = (rows // devices for rows in counts.values())
+    most = problem.micro_batch or max(lower, upper)
+    return Passes(
+        rows=min(most, max(lower, upper)),
+        length=problem.max_length - 1,
+        lower=ceil(lower / most),
+        upper=ceil(upper / most),
+    )
+
+
+def _buffers(of: Shape, made: Choices, unreduced: float) -> dict[str, float]:
+    """What gathering takes: a block in use, the next on its way, and a gradient to be reduced.
+
+    A gradient is there as it was gathered and as a float32 copy for the reduction. Where the ends
+    are not apart, both of them are gathered throughout.
+    """
+    if not made.gathers:
+        return {}
+    ends = 0 if made.ends_apart else of.embedding + of.head
+    return {"gathered": (2 * of.block + ends) * made.weight, "unreduced gradient": unreduced}
+
+
+def _head_trains(of: Shape, made: Choices) -> bool:
+    return not made.rank and ("embedding" if of.tied else "head") in made.ends
+
+
+def _chunk(of: Shape, made: Choices) -> int:
+    return made.chunk or max(1, LOGITS // of.vocabulary)
+
+
+def _step_tokens(problem: LLMReweight, work: Work, passes: Passes) -> int:
+    """Tokens that pass through a copy in one upper step, over all devices."""
+    rows = work.lower * problem.batch + work.upper * problem.target_batch
+    return rows * passes.length
+
+
+def _host(of: Shape, made: Choices, devices: int) -> dict[str, float]:
+    found = {"model, whole in every process while it is loaded": devices * of.total * made.weight}
+    if made.held_on_host:
+        found["master copies and optimizer"] = made.learners * made.trained(of) * made.held
+    return found | {"libraries": devices * 1.5e9}
+
+
+def _disk(of: Shape, made: Choices) -> dict[str, float]:
+    trained = made.trained(of)
+    one = made.bases * of.total * made.weight + made.learners * of.total * made.kept
+    one += made.learners * trained * (made.held + made.adapter * bool(made.rank))
+    return {f"checkpoints, {KEPT} at a time": KEPT * one}
+
+
+def _traffic(of: Shape, made: Choices, passes: Passes, work: Work) -> dict[str, float]:
+    """Bytes that a device receives: weights twice in a pass, gradients once in a sweep."""
+    sweeps = max(work.lower, work.upper)
+    gradients = made.trained(of) * WIDE
+    if made.gathers:
+        share = 1 - 1 / made.weight_shards
+        count = work.lower * passes.lower + work.upper * passes.upper
+        return {
+            "gathered weights": 2 * count * of.total * made.weight * share,
+            "reduced gradients": sweeps * gradients * share,
+        }
+    return {"reduced gradients": 2 * sweeps * gradients} if made.deferred else {}
+
+
+def _assumptions(of: Shape, passes: Passes) -> tuple[str, ...]:
+    return (
+        f"Sizes of {of.name}: {of.source}.",
+        f"Every row is full: {passes.length + 1} tokens, {passes.rows} rows in a pass.",
+        f"{SLACK / 1e9:.1f} GB for CUDA, NCCL and what the allocator cannot use: assumed.",
+        "Attention by a kernel that keeps no scores; no kernel fuses norm, gate or loss.",
+    )
+
+
+def _remedies(problem: LLMReweight, passes: Passes) -> tuple[tuple[str, ...], ...]:
+    """Options in the order of what they cost: nothing, time, then a change of what trains."""
+    found: list[tuple[str, ...]] = []
+    rows = passes.rows
+    while rows > 1:
+        rows //= 2
+        found.append((f"problem.micro_batch={rows}",))
+    found += [("problem.checkpointing=true",), ("problem.dtype=bfloat16",)]
+    found += [("memory=lisa", f"memory.gamma={gamma}") for gamma in (2, 1)]
+    return (*found, ("memory=lora",))
