@@ -35,6 +35,7 @@ def begin(
     """A state with variables x and y, twins of y by name, streams, memory, and counts at zero."""
     x0, y0 = problem.init(generator)
     y0 = memory.prepare(y0, ("y", *twins))
+    lower = memory.optimizer(lower, generator)
     x = launcher.variable("x", x0, upper, problem.project_upper)
     y = launcher.variable("y", y0, lower, problem.project_lower)
     copies = {name: launcher.twin(y, name, lower) for name in twins}

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from bilevel.blocks import parameter_groups
 from bilevel.errors import InputError
+from bilevel.precision import Precision, with_precision
 from bilevel.tree import Value, named_leaves
-from bilevel.variable import Variable
+from bilevel.variable import OptimizerFactory, Variable
 
 log = logging.getLogger("bilevel")
 
@@ -25,6 +26,10 @@ class Memory(ABC):
     def prepare(self, value: Value, names: Sequence[str]) -> Value:
         """The start of y as this strategy trains it, for copies of these names; y comes first."""
         return value
+
+    def optimizer(self, factory: OptimizerFactory, generator: torch.Generator) -> OptimizerFactory:
+        """The optimizers of the lower variable and its twins, made from those of a solver."""
+        return factory
 
     @abstractmethod
     def init(self, value: Value, generator: torch.Generator) -> MemoryState:
@@ -52,6 +57,13 @@ class MemoryState(ABC):
 @dataclass(frozen=True, kw_only=True)
 class Full(Memory):
     """Everything trains, at every step."""
+
+    precision: Precision = "master"
+    """How bfloat16 and float16 parameters step: with float32 masters of what trains, by stochastic
+    rounding, or plain, which loses small steps. Float32 and float64 are not concerned."""
+
+    def optimizer(self, factory: OptimizerFactory, generator: torch.Generator) -> OptimizerFactory:
+        return with_precision(factory, self.precision, generator)
 
     def init(self, value: Value, generator: torch.Generator) -> MemoryState:
         return _FullState()
@@ -90,6 +102,9 @@ class LISA(Memory):
     """Whether the output head trains."""
     norms: bool = True
     """Whether parameters outside blocks, embedding and head (the final norm) train."""
+    precision: Precision = "master"
+    """How bfloat16 and float16 parameters step: with float32 masters of what trains, by stochastic
+    rounding, or plain, which loses small steps. Float32 and float64 are not concerned."""
 
     def __post_init__(self) -> None:
         faults = [
@@ -99,6 +114,9 @@ class LISA(Memory):
         ]
         if faults:
             raise InputError(faults)
+
+    def optimizer(self, factory: OptimizerFactory, generator: torch.Generator) -> OptimizerFactory:
+        return with_precision(factory, self.precision, generator)
 
     def init(self, value: Value, generator: torch.Generator) -> MemoryState:
         groups = parameter_groups(value)

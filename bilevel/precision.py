@@ -18,12 +18,17 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 def with_precision(
-    factory: OptimizerFactory, precision: Precision, *, seed: int = 0
+    factory: OptimizerFactory, precision: Precision, generator: torch.Generator
 ) -> OptimizerFactory:
-    """A factory whose optimizers step half-precision parameters in the way of that name."""
+    """A factory whose optimizers step half-precision parameters in the way of that name.
+
+    The seed of stochastic rounding is drawn from the generator; the others draw nothing.
+    """
     if precision == "master":
         return masters(factory)
-    return stochastic(factory, seed=seed) if precision == "stochastic" else factory
+    if precision == "plain":
+        return factory
+    return stochastic(factory, seed=int(torch.randint(2**62, (), generator=generator)))
 
 
 def masters(factory: OptimizerFactory) -> OptimizerFactory:
@@ -157,7 +162,7 @@ class _StandIns:
                 self.pairs.append((p, stand_in))
                 group["params"][i] = stand_in
                 own = optimizer.state.pop(p, None)
-                if own:  # an empty one would not be filled in by every optimizer
+                if own:
                     optimizer.state[stand_in] = {k: _wide(v) for k, v in own.items()}
 
     def remove(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
@@ -199,7 +204,7 @@ def _round(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
         2**bits, exact.shape, dtype=torch.int32, device=exact.device, generator=generator
     )
     rounded = (exact / spacing).add_(noise, alpha=2.0**-bits).floor_().mul_(spacing)
-    return torch.where(exact.isfinite(), rounded, exact).to(dtype)
+    return rounded.to(dtype)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from bilevel import optimizer_by_name
+from bilevel.precision import masters
 from bilevel.problems.llm_reweight.model import example_losses
 from bilevel.problems.llm_reweight.problem import LLMReweight
 from bilevel.problems.llm_reweight.tokens import Rows, collate
@@ -48,7 +50,8 @@ def train(problem: LLMReweight, mixture: dict[str, float], *, seed: int) -> floa
     model = problem.fresh_model(1000 + seed)
     rows = problem.rows
     shares = torch.tensor([mixture[n] for n in problem.names], dtype=torch.float64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    adamw = optimizer_by_name("adamw", LEARNING_RATE, fused=True)
+    optimizer = masters(adamw)(list(model.parameters()))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, problem.verdict_steps)
     drawn = [0] * len(rows)
     orders = [_order(source, seed) for source in rows]
