@@ -150,6 +150,11 @@ def footprint(
         made = choices(problem, work, memory, launcher, devices, of)
     except InputError as error:
         faults += error.faults
+    if of and problem.max_length > of.positions:
+        faults.append(
+            f"problem.model={of.name} takes at most {of.positions} tokens; lower "
+            f"problem.max_length={problem.max_length} to that."
+        )
     if faults or of is None or made is None:
         raise InputError(faults)
     passes = _rows(problem, devices)
@@ -186,6 +191,10 @@ def choices(
         InputError: For every strategy or launcher whose needs are not known here.
     """
     faults = []
+    if problem.attention == "eager":
+        faults.append(
+            "problem.attention=eager keeps all scores, which is not planned; leave it out."
+        )
     weight = BYTES[problem.dtype]
     base: dict[str, Any] = {
         "weight": weight,
@@ -200,19 +209,18 @@ def choices(
         "chunk": problem.loss_chunk,
     }
     blocks = of.blocks if of else 1
-    match memory:
-        case Full():
-            base |= {"blocks": blocks}
-        case LISA():
-            if memory.gamma > blocks:
-                faults.append(
-                    f"memory.gamma must be at most the number of blocks, {blocks}, got "
-                    f"{memory.gamma}."
-                )
-            ends = tuple(n for n in ("embedding", "head", "norms") if getattr(memory, n))
-            base |= {"blocks": memory.gamma, "ends": ends}
-        case _:
-            faults.append(f"memory={type(memory).__name__.lower()} cannot be planned yet.")
+    kind = type(memory)  # not isinstance: what extends a strategy may need more
+    if kind is Full:
+        base |= {"blocks": blocks}
+    elif kind is LISA and isinstance(memory, LISA):
+        if memory.gamma > blocks:
+            faults.append(
+                f"memory.gamma must be at most the number of blocks, {blocks}, got {memory.gamma}."
+            )
+        ends = tuple(n for n in ("embedding", "head", "norms") if getattr(memory, n))
+        base |= {"blocks": memory.gamma, "ends": ends}
+    else:
+        faults.append(f"memory={type(memory).__name__.lower()} cannot be planned yet.")
     match type(launcher).__name__:
         case "Single":
             if devices > 1:
@@ -266,9 +274,7 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
         "at the head": early
         | {"activations": rest, "loss and head": head_bytes(of, made, passes.tokens)}
         | _buffers(of, made, _head_trains(of, made) * of.embedding * WIDE),
-        "at the lowest block": late
-        | {"activations": rest / of.blocks + block}
-        | buffers,
+        "at the lowest block": late | {"activations": rest / of.blocks + block} | buffers,
         "at the highest block": early | {"activations": rest + block} | buffers,
         "in the optimizer's step": _step(of, made, one=one, unit=unit),
     }
@@ -338,7 +344,8 @@ def pass_flops(of: Shape, made: Choices, passes: Passes) -> float:
     A multiplication and its addition count as two. Attention is counted whole, as torch's counter
     does; kernels that skip what a token may not see do about half of it. Gradients of the input
     run from the head down to the lowest part that trains; where the embedding does not, LISA's
-    depth is the mean over its draws.
+    depth is the mean over its draws. A checkpointed block is computed again up to its last matrix,
+    whose output nobody needs.
     """
     queries = of.heads * of.head_size
     matrices, head = 2 * of.matrices * of.blocks, 2 * of.embedding
@@ -350,7 +357,10 @@ def pass_flops(of: Shape, made: Choices, passes: Passes) -> float:
     inputs = depth * (matrices + 2.5 * seen) + head
     weights = 2 * of.matrices * made.blocks if not made.rank else 0
     weights += head * _head_trains(of, made)
-    again = made.checkpointing * (matrices + seen) + (passes.tokens > _chunk(of, made)) * head
+    last = 2 * of.blocks * of.linears[-1][0] * of.linears[-1][1]
+    again = (
+        made.checkpointing * (matrices + seen - last) + (passes.tokens > _chunk(of, made)) * head
+    )
     low_rank = (6 + 2 * made.checkpointing) * of.adapters(made.rank)
     return forward + inputs + weights + again + low_rank
 
