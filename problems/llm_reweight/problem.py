@@ -70,7 +70,7 @@ class LLMReweight(Problem):
     attention: placement_module.Attention = "auto"
     """auto takes flash_attention_2 where it works, else what the model does by itself."""
     checkpointing: bool = False
-    """Compute each block again in the backward pass: less memory, a quarter to a third slower."""
+    """Compute each block again in the backward pass: less memory, up to a third slower."""
     loss_chunk: int = 0
     """Tokens whose logits exist at once; 0 takes as many as have 2**25 logits."""
     allow_overlap: bool = False
