@@ -1,24 +1,40 @@
-"""Saving and loading a run's state: safetensors for tensors, JSON for the rest, never pickle."""
+"""Saving and loading a run's state: safetensors for tensors, JSON for the rest, never pickle.
+
+Where tensors are sharded every process writes its own part through torch.distributed.checkpoint,
+and any number of processes reads what it needs of it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bilevel.errors import InputError
+from bilevel.tree import is_sharded, sharded_empty
 
 SCHEMA = "bilevel.checkpoint/1"
 
+Like = Callable[[Sequence[Any], Sequence[int]], torch.Tensor | None]
+"""From the keys that lead to a tensor of a state, and its shape, to a tensor that is cut up so."""
+
 
 def save(
-    folder: Path, state: dict[str, Any], *, fingerprint: dict[str, Any], keep: int = 2
+    folder: Path,
+    state: dict[str, Any],
+    *,
+    fingerprint: dict[str, Any],
+    keep: int = 2,
+    main: bool = True,
 ) -> Path:
     """Write `folder/step-N` atomically, N = state["step"], and keep the last `keep` of them.
 
@@ -27,19 +43,27 @@ def save(
         state: Nested dicts and lists of tensors, numbers, strings, booleans and None.
         fingerprint: What a run must share with this one to continue from it.
         keep: How many checkpoints stay.
+        main: Whether this process writes what all hold alike; all must call this.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(state, tensors)
     final = folder / f"step-{state['step']:08d}"
-    for stale in folder.glob(".partial-*"):  # of a run that was killed here
-        shutil.rmtree(stale, ignore_errors=True)
     partial = folder / ".partial-new"
-    partial.mkdir()
-    save_file(tensors, partial / "tensors.safetensors")
-    body = {"schema": SCHEMA, "fingerprint": fingerprint, "state": tree}
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".partial-*"):  # of a run that was killed here
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir()
+    if any(map(is_sharded, tensors.values())):
+        _save_sharded(tensors, partial)
+    elif main:
+        save_file(tensors, partial / "tensors.safetensors")
+    if not main:
+        return final
+    files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+    body = {"schema": SCHEMA, "fingerprint": fingerprint, "files": files, "state": tree}
     (partial / "state.json").write_text(json.dumps(body), encoding="utf-8")
-    for name in ("tensors.safetensors", "state.json"):
+    for name in (*files, "state.json"):
         _sync(partial / name)
     if final.exists():
         final.rename(folder / ".partial-old")
@@ -64,8 +88,15 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(path: Path, *, fingerprint: dict[str, Any]) -> dict[str, Any]:
+def load(
+    path: Path, *, fingerprint: dict[str, Any], like: Like = lambda keys, shape: None
+) -> dict[str, Any]:
     """The state saved at `path`.
+
+    Args:
+        path: A folder that `save` has made, with any number of processes.
+        fingerprint: Of the run that is to go on.
+        like: Tells how tensors are cut up in this run; by default none is.
 
     Raises:
         InputError: If the checkpoint is damaged, or of another configuration; says which keys.
@@ -73,7 +104,10 @@ def load(path: Path, *, fingerprint: dict[str, Any]) -> dict[str, Any]:
     remedy = "delete that folder to go on from the one before it, or use resume=never."
     try:
         body = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(path / "tensors.safetensors")
+        missing = [n for n, size in body.get("files", {}).items() if _size(path / n) != size]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} is missing or cut short")
+        tensors = _load_tensors(path, body["state"], like)
         state = _decode(body["state"], tensors)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"the checkpoint {path} is damaged ({error}); {remedy}") from None
@@ -103,11 +137,61 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*")) if folder.is_dir() else []
 
 
+def _save_sharded(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+
+    dist.barrier()  # until the folder is there
+    writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
+    save_parts(dict(tensors), storage_writer=writer)
+    dist.barrier()  # until all have written
+
+
+def _load_tensors(path: Path, tree: Any, like: Like) -> dict[str, torch.Tensor]:
+    """The tensors of a saved tree by name, each cut up as `like` has it."""
+    targets = dict(_targets(tree, like, ()))
+    whole = path / "tensors.safetensors"
+    if whole.exists() and not any(map(is_sharded, targets.values())):
+        return load_file(whole)
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant here
+        reader = HuggingFaceStorageReader(str(path))
+        load_parts(targets, storage_reader=reader, no_dist=not dist.is_initialized())
+    return targets
+
+
+def _targets(tree: Any, like: Like, keys: tuple[Any, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    """An empty tensor for every tensor of a saved tree."""
+    if isinstance(tree, list):
+        for i, item in enumerate(tree):
+            yield from _targets(item, like, (*keys, i))
+    if not isinstance(tree, dict):
+        return
+    kind, body = next(iter(tree.items()))
+    if kind == "tensor":
+        shape, dtype = tree.get("shape", ()), getattr(torch, tree.get("dtype", "float32"))
+        yield body, sharded_empty(like(keys, shape), shape, dtype)
+    elif kind == "tuple":
+        yield from _targets(body, like, keys)
+    else:
+        for key, item in body:
+            yield from _targets(item, like, (*keys, key))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
+
+
 def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         name = f"t{len(tensors)}"
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
+        own = value.detach()
+        tensors[name] = own if is_sharded(own) else own.cpu().contiguous().clone()
+        dtype = str(own.dtype).removeprefix("torch.")
+        return {"tensor": name, "shape": list(own.shape), "dtype": dtype}
     if isinstance(value, dict):
         return {"dict": [[k, _encode(v, tensors)] for k, v in value.items()]}
     if isinstance(value, tuple):
@@ -124,7 +208,7 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return [_decode(v, tensors) for v in value]
     if not isinstance(value, dict):
         return value
-    ((kind, body),) = value.items()
+    kind, body = next(iter(value.items()))
     if kind == "tensor":
         return tensors[body]
     if kind == "tuple":

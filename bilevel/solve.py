@@ -89,16 +89,14 @@ def solve(
     history: list[dict[str, Any]] = []
     marks = {"seed": seed, **_identity(solver, state), **(fingerprint or {})}
     if newest is not None:
-        saved = checkpoint.load(newest, fingerprint=marks)
+        saved = checkpoint.load(newest, fingerprint=marks, like=state.like)
         history = saved.pop("history")
         state.load_state_dict(saved)
 
     def store(state: State) -> None:
-        if folder is None:
-            return
-        body = state.state_dict()
-        if launcher.is_main:
-            checkpoint.save(folder, {**body, "history": history}, fingerprint=marks)
+        if folder is not None:
+            body = {**state.state_dict(), "history": history}
+            checkpoint.save(folder, body, fingerprint=marks, main=launcher.is_main)
 
     status, found = Status.STEPS, ""
     if folder is not None and newest is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from bilevel.launch import Launcher
 from bilevel.memory import Memory
 from bilevel.problem import Problem, Stream
 from bilevel.result import Status
-from bilevel.tree import leaves, map_leaves, sharded_like, whole
+from bilevel.tree import leaves, named_leaves
 from bilevel.variable import Variable, optimizer_by_name
 
 
@@ -41,8 +42,7 @@ class State:
     vectors: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """All of the state; sharded tensors are gathered, so that every process must call this."""
-        own = {
+        return {
             "variables": {k: v.state_dict() for k, v in self.variables.items()},
             "streams": {k: s.state_dict() for k, s in self.streams.items()},
             "memory": self.memory.state_dict(),
@@ -53,7 +53,6 @@ class State:
             "counts": dict(self.counts),
             "vectors": {k: [t.detach() for t in v] for k, v in self.vectors.items()},
         }
-        return map_leaves(lambda part: whole(part) if torch.is_tensor(part) else part, own)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.memory.load_state_dict(saved["memory"])
@@ -65,14 +64,21 @@ class State:
         self.upper, self.lower = saved["upper"], saved["lower"]
         self.numbers = dict(saved["numbers"])
         self.counts = dict(saved["counts"])
-        self.vectors = {k: self._sharded(v) for k, v in saved["vectors"].items()}
+        self.vectors = {k: list(v) for k, v in saved["vectors"].items()}
 
-    def _sharded(self, vector: list[Tensor]) -> list[Tensor]:
-        """A vector with the shapes of y's leaves cut up as these are."""
-        like = leaves(self.variables["y"].value)
-        if [t.shape for t in vector] != [p.shape for p in like]:
-            return list(vector)
-        return [sharded_like(p, t) for p, t in zip(like, vector, strict=True)]
+    def like(self, keys: Sequence[Any], shape: Sequence[int]) -> Tensor | None:
+        """The leaf that a tensor of a saved state is cut up as, by the keys that lead to it."""
+        match tuple(keys):
+            case ("variables", name, "value", leaf):
+                return named_leaves(self.variables[name].value).get(leaf)
+            case ("variables", name, "optimizer", "state", int(i), *_):
+                near = leaves(self.variables[name].value)[i]
+            case ("vectors", _, int(i)):
+                own = leaves(self.variables["y"].value)
+                near = own[i] if i < len(own) else None
+            case _:
+                near = None
+        return near if near is not None and list(near.shape) == list(shape) else None
 
 
 class Solver(ABC):

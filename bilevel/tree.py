@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -11,6 +12,19 @@ from torch.utils import _pytree as pytree  # private name, used by transformers 
 
 Value: TypeAlias = Any
 """A tensor, any nest of dicts, lists and tuples of tensors, or an `nn.Module`."""
+
+
+class Part(nn.Module, ABC):
+    """A module that computes with all of `whole` and trains a part, of which its twins have others.
+
+    Its parameters are those of the part alone.
+    """
+
+    whole: nn.Module
+
+    @abstractmethod
+    def twin(self, name: str) -> Part:
+        """The part of that name, made equal to this one."""
 
 
 def leaves(value: Value) -> list[Tensor]:
@@ -71,6 +85,30 @@ def clone(value: Value) -> Value:
     return map_leaves(lambda t: t.detach().clone().requires_grad_(), value)
 
 
+def twin(value: Value, name: str) -> Value:
+    """A copy that moves by itself: the part of that name, where the value is part of a whole."""
+    return value.twin(name) if isinstance(value, Part) else clone(value)
+
+
+def dtypes(value: Value) -> set[torch.dtype]:
+    """The types of all numbers that a value computes with, whether they move or not.
+
+    >>> dtypes([torch.zeros(1)])
+    {torch.float32}
+    """
+    own = value.whole if isinstance(value, Part) else value
+    return {leaf.dtype for leaf in leaves(own) if leaf.is_floating_point()}
+
+
+def digest(value: Value) -> str:
+    """What tells one value from another: shapes, types and the first entries of every leaf."""
+    parts = []
+    for name, leaf in named_leaves(value).items():
+        first = leaf.detach().flatten()[:64].double().tolist()
+        parts.append(f"{name} {leaf.dtype} {tuple(leaf.shape)} {first}")
+    return "\n".join(parts)
+
+
 def structure_faults(name: str, value: Value) -> list[str]:
     """Why a value cannot be a variable, as sentences: it must hold finite floating-point tensors.
 
@@ -104,23 +142,24 @@ def structure_faults(name: str, value: Value) -> list[str]:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this process holds; any other tensor as it is."""
-    return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, gathered from the processes, which must call this together."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def sharded_like(leaf: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor of a leaf's shape, cut up over the processes as the leaf is."""
-    if not _is_sharded(leaf):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
+def sharded_empty(leaf: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor without content, cut up as the leaf is, or whole on the CPU."""
+    if leaf is None or not is_sharded(leaf):
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.empty_like(leaf.detach(), dtype=dtype)
 
-    place: Any = leaf  # a DTensor
-    full = tensor.to(leaf.device)
-    return distribute_tensor(full, place.device_mesh, place.placements, src_data_rank=None)
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, told without importing that package."""
+    return hasattr(tensor, "to_local")
 
 
 def size_bytes(tensors: list[Tensor]) -> int:
@@ -150,7 +189,7 @@ def norm(value: Value) -> float:
     own = leaves(value)
     parts = [torch.linalg.vector_norm(_wide(local(p.detach()))) for p in own]
     size = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
-    return float(_over_shards(size.square(), own[0]).sqrt() if _is_sharded(own[0]) else size)
+    return float(_over_shards(size.square(), own[0]).sqrt() if is_sharded(own[0]) else size)
 
 
 class _Call(nn.Module):
@@ -164,13 +203,9 @@ class _Call(nn.Module):
         return self.function(self.value, *rest)
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "to_local")  # a DTensor, told without importing its package
-
-
 def _over_shards(number: Tensor, of: Tensor) -> Tensor:
     """The sum of a number over the processes that hold the shards of a tensor."""
-    if _is_sharded(of):
+    if is_sharded(of):
         from torch.distributed import all_reduce
 
         mesh: Any = of.device_mesh  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.errors import InputError
-from bilevel.tree import Value, leaves, named_leaves, sharded_like, size_bytes
+from bilevel.tree import Value, leaves, named_leaves, size_bytes
 from bilevel.votes import PairwiseVotes
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -136,19 +136,8 @@ class Variable:
             )
         with torch.no_grad():
             for name, leaf in own.items():
-                leaf.copy_(sharded_like(leaf, state["value"][name]))
-        self.optimizer.load_state_dict(self._sharded(state["optimizer"]))
-
-    def _sharded(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        """The state of an optimizer with what is as large as its leaf cut up as that is."""
-        states = {
-            i: {
-                k: sharded_like(self._leaves[i], t) if _fits(t, self._leaves[i]) else t
-                for k, t in state.items()
-            }
-            for i, state in optimizer["state"].items()
-        }
-        return optimizer | {"state": states}
+                leaf.copy_(state["value"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def optimizer_by_name(name: str, lr: float, **options: Any) -> OptimizerFactory:
@@ -194,10 +183,6 @@ def _elsewhere(name: str) -> type[torch.optim.Optimizer] | None:
         return None
     known = name in package.get_supported_optimizers()
     return package.load_optimizer(name) if known else None
-
-
-def _fits(tensor: Any, leaf: Tensor) -> bool:
-    return torch.is_tensor(tensor) and tensor.shape == leaf.shape
 
 
 def is_module(value: Value) -> bool:
