@@ -19,7 +19,7 @@ from bilevel.blocks import units
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.problem import Problem
-from bilevel.tree import Value, clone, leaves, named_leaves
+from bilevel.tree import Value, clone, leaves, named_leaves, norm
 from bilevel.variable import OptimizerFactory, Variable
 
 HALF = (torch.bfloat16, torch.float16)
@@ -107,6 +107,11 @@ class _Engine(Launcher):
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         return processes.total(numbers)
+
+    def gathered(self, variable: Variable) -> float:
+        if isinstance(variable.value, nn.Module):
+            return norm(variable.gradient())  # summed by the engine already
+        return norm(processes.summed(variable.gradient()))
 
     def told(self, text: str) -> str:
         return processes.broadcast(text)

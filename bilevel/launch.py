@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel.errors import InputError
 from bilevel.problem import Problem
-from bilevel.tree import Value, clone
+from bilevel.tree import Value, clone, norm
 from bilevel.variable import OptimizerFactory, Variable
 
 
@@ -69,6 +69,10 @@ class Launcher(ABC):
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Each number summed over the processes; the same on all of them."""
         return list(numbers)
+
+    def gathered(self, variable: Variable) -> float:
+        """The norm of what a variable has gathered over all processes, after a `last` backward."""
+        return norm(variable.gradient())
 
     def told(self, text: str) -> str:
         """The text that the main process gives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ def connect(*, timeout: float) -> None:
             f"the {expected()} processes could not join ({reason}); is the port taken "
             "(torchrun --master-port), and was every process started?"
         ) from None
+    atexit.register(disconnect)  # a process that ends without it may abort
 
 
 def _store() -> Any:
@@ -95,11 +97,17 @@ def add_gradients(leaves: Sequence[Tensor]) -> None:
         return
     has = leaves[0].new_tensor([float(p.grad is not None) for p in leaves])
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
-    flat = torch.cat([*(g.detach().flatten() for g in grads), has])
+    *sums, has = summed([*grads, has])
+    for leaf, g, any_ in zip(leaves, sums, has.tolist(), strict=True):
+        leaf.grad = g if any_ else None
+
+
+def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sums over the processes of tensors of one dtype and device, all in one message."""
+    flat = torch.cat([t.detach().flatten() for t in tensors])
     dist.all_reduce(flat)
-    *summed, has = flat.split([*(p.numel() for p in leaves), len(leaves)])
-    for leaf, g, any_ in zip(leaves, summed, has.tolist(), strict=True):
-        leaf.grad = g.view_as(leaf).clone() if any_ else None
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view_as(t).clone() for part, t in zip(parts, tensors, strict=True)]
 
 
 def broadcast(text: str) -> str:

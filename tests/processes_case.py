@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bilevel import LISA, Always, Full, Launcher, Problem, solve
+from bilevel import LISA, Always, Full, Launcher, LoRA, Problem, solve
 from bilevel.fsdp import DDP, FSDP2
 from bilevel.problems.llm_reweight import LLMReweight
 from bilevel.solvers.penalty import VPBGD, Penalty, RecursivePenalty, scalebio
-from bilevel.tree import leaves, local, whole
+from bilevel.tree import Part, leaves, local, whole
 
 LAUNCHERS = {"fsdp2": FSDP2(), "ddp": DDP()}
-MEMORIES = {"full": Full(), "lisa": LISA(gamma=1, period=4)}
+MEMORIES = {"full": Full(), "lisa": LISA(gamma=1, period=4), "lora": LoRA(rank=4)}
 SOLVERS = {
     "scalebio": scalebio(warmup=2, clip=1.0),
     "penalty": Penalty(  # Adam would turn rounding of small gradients into whole steps
@@ -22,16 +22,14 @@ SOLVERS = {
         warmup=1,
         prox=1.0,
         penalty=10.0,
-        growth=1.0,
+        growth=1.02,
         upper_optimizer="sgd",
         upper_lr=0.02,
         lower_lr=0.01,
     ),
     "vpbgd": VPBGD(inner_steps=2, rise=3),
     "recursive": RecursivePenalty(warmup=1),
-    "tree": Penalty(
-        inner_steps=3, warmup=1, settle=0.0, upper_optimizer="sgd", upper_step="normalized"
-    ),
+    "tree": Penalty(inner_steps=3, warmup=1, upper_optimizer="sgd", upper_step="normalized"),
     "tree-joint": VPBGD(inner_steps=2, rise=3),
 }
 CASES = [
@@ -39,6 +37,7 @@ CASES = [
     ("fsdp2", "full", "scalebio", 3),
     ("fsdp2", "lisa", "scalebio", 2),
     ("ddp", "lisa", "scalebio", 3),
+    ("fsdp2", "lora", "scalebio", 3),
     *(("fsdp2", "full", solver, 0) for solver in ("penalty", "vpbgd", "recursive")),
     *(("ddp", "full", solver, 0) for solver in ("tree", "tree-joint")),
 ]
@@ -99,13 +98,14 @@ def run(
         memory=MEMORIES[memory],
         launcher=launcher,
     )
+    everything = result.y.whole if isinstance(result.y, Part) else result.y
     flat = torch.cat([whole(p.detach()).flatten() for p in leaves(result.y)])
     losses = [[row["upper"], row["lower"]] for row in result.history]
     return {
         "x": result.x,
         "y": flat,
         "losses": torch.tensor(losses, dtype=torch.float64),
-        "held": torch.tensor(sum(local(p).numel() for p in leaves(result.y))),
+        "held": torch.tensor(sum(local(p).numel() for p in leaves(everything))),
     }
 
 

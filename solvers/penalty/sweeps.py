@@ -13,7 +13,7 @@ from bilevel.descent import finite_norm
 from bilevel.launch import Launcher
 from bilevel.problem import Problem
 from bilevel.solver import State, finite_loss
-from bilevel.tree import dot, leaves, norm
+from bilevel.tree import dot, leaves
 from bilevel.variable import Variable
 
 ROUNDING = 64  # roundings of the losses below which a difference of them says nothing
@@ -75,13 +75,14 @@ def sweep(
     upper = lower = size = 0.0
     with x.weighted(point.share):
         if point.weight:
-            for part in launcher.parts(problem, batches[0]):
+            parts = launcher.parts(problem, batches[0])
+            for part in parts:
                 loss = problem.upper(x.value, copy.value, part)
-                launcher.backward(point.weight * loss, last=False)
+                launcher.backward(point.weight * loss, last=measured and part is parts[-1])
                 upper += float(loss.detach())
             state.counts["upper_grad"] += 1
             if measured:
-                size = norm(copy.gradient())
+                size = launcher.gathered(copy)
         parts = launcher.parts(problem, batches[1])
         for part in parts:
             loss = problem.lower(x.value, copy.value, part)

@@ -85,8 +85,7 @@ class Penalty(Solver):
     growth: float = 1.1
     """Factor on the penalty after an upper step that moves x and settles the copies."""
     settle: float = 0.1
-    """Relative residual of the copies' linear system up to which the penalty grows; 0 always lets
-    it grow, as do several processes."""
+    """Relative residual of the copies' linear system up to which the penalty grows; 0: always."""
     max_penalty: float = 0.0
     """Cap of the penalty; 0 takes the dtype's: 1e6 float64, 1e3 float32, 1e2 bfloat16."""
     inner_steps: int = 10
@@ -153,8 +152,7 @@ class Penalty(Solver):
         moves = state.step >= self.warmup
         if moves and self.momentum:
             extrapolate(state, self.momentum)
-        alone = launcher.world_size == 1  # gradients are not complete between two backward passes
-        measured = moves and alone and self.growth > 1 and self.settle > 0
+        measured = moves and self.growth > 1 and self.settle > 0
         first: list[Seen] = []
         ends: list[End] = []
         for inner in range(self.inner_steps):
