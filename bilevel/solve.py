@@ -280,7 +280,10 @@ def _identity(solver: Solver, state: State) -> dict[str, Any]:
     }
     plain = {k: v for k, v in options.items() if isinstance(v, bool | int | float | str)}
     shapes = {
-        name: [f"{p.dtype} {list(p.shape)}" for p in leaves(state.variables[name].value)]
+        name: [
+            f"{p.dtype} {list(getattr(p, 'ds_shape', p.shape))}"  # ds_shape where ZeRO-3 shards
+            for p in leaves(state.variables[name].value)
+        ]
         for name in ("x", "y")
     }
     return {"solver": type(solver).__name__, **plain, **shapes}
@@ -331,6 +334,10 @@ def _not_finite(state: State) -> str:
             held = [leaf, *variable.optimizer.state.get(leaf, {}).values()]
             if not all(bool(local(t).isfinite().all()) for t in held if torch.is_tensor(t)):
                 return f"{variable.name} or its optimizer state is not finite ({name})"
+        inside = variable.tensors() if variable.holder else {}
+        held = [*inside.get("value", []), *inside.get("optimizer", [])]
+        if not all(bool(t.isfinite().all()) for t in held):
+            return f"{variable.name} or its optimizer state is not finite"
     return ""
 
 

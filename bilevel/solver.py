@@ -104,6 +104,14 @@ class Solver(ABC):
         """Why to stop now, or None to go on."""
         return None
 
+    def direct(self) -> list[str]:
+        """What of its options reads or writes the numbers of copies of y by itself, in words.
+
+        A launcher may hold them where only `Launcher` and `Variable.clip` reach them; it must know
+        what else a solver that is `parallel` does. All of it, unless the solver says otherwise.
+        """
+        return [f"solver={type(self).__name__}"]
+
     def notes(self, problem: Problem) -> list[str]:
         """Lines for the user before the first step."""
         return []

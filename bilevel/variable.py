@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -25,6 +26,26 @@ UNFIT = {
     "sophiah": "it differentiates the gradient, which is not kept; use adam",
 }
 """Optimizers that need more than the gradient at the present point, and why."""
+
+
+class Holder(ABC):
+    """An engine that keeps the numbers of a variable elsewhere than in its leaves."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """What this process holds of `value`, `gradient` and `optimizer`."""
+
+    @abstractmethod
+    def clip(self, largest: float) -> None:
+        """Let the next step be along the gathered gradient, clipped to this norm."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What `Variable.state_dict` gives where no engine is; all processes must call this."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take such a state on, from whatever engine it is."""
 
 
 class Variable:
@@ -52,6 +73,8 @@ class Variable:
         self.project = project
         self.blueprint: Any = None
         """What a launcher keeps to make twins of a value that cannot be copied as it is."""
+        self.holder: Holder | None = None
+        """The engine of a launcher that has the leaves' numbers in its own hands."""
         self._leaves = leaves(value)
         for leaf in self._leaves:
             leaf.requires_grad_()
@@ -110,18 +133,34 @@ class Variable:
             for hook in hooks:
                 hook.remove()
 
-    def memory(self) -> dict[str, int]:
-        """Bytes held now by the value, its gradient and its optimizer state."""
-        states = [
-            t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t)
-        ]
+    def clip(self, largest: float, length: float) -> None:
+        """Scale the gathered gradient, whose norm is `length`, to a norm of at most `largest`."""
+        if self.holder:
+            self.holder.clip(largest)
+            return
+        gathered = [p for p in self._leaves if p.grad is not None]
+        if gathered:
+            total = torch.tensor(length, dtype=torch.float64).to(gathered[0])
+            torch.nn.utils.clip_grads_with_norm_(gathered, largest, total)
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """What is held now of the value, its gradient and its optimizer state."""
+        if self.holder:
+            return self.holder.tensors()
+        states = [t for s in self.optimizer.state.values() for t in s.values()]
         return {
-            "value": size_bytes(self._leaves),
-            "gradient": size_bytes([p.grad for p in self._leaves if p.grad is not None]),
-            "optimizer": size_bytes(states),
+            "value": self._leaves,
+            "gradient": [p.grad for p in self._leaves if p.grad is not None],
+            "optimizer": [t for t in states if torch.is_tensor(t)],
         }
 
+    def memory(self) -> dict[str, int]:
+        """Bytes held now by the value, its gradient and its optimizer state."""
+        return {what: size_bytes(held) for what, held in self.tensors().items()}
+
     def state_dict(self) -> dict[str, Any]:
+        if self.holder:
+            return self.holder.state_dict()
         return {
             "value": {k: v.detach() for k, v in named_leaves(self.value).items()},
             "optimizer": self.optimizer.state_dict(),
@@ -134,6 +173,9 @@ class Variable:
                 f"the saved value of {self.name} has other parts: expected {sorted(own)[:5]}, "
                 f"got {sorted(state['value'])[:5]}; resume with the same problem and model."
             )
+        if self.holder:
+            self.holder.load_state_dict(state)
+            return
         with torch.no_grad():
             for name, leaf in own.items():
                 leaf.copy_(state["value"][name])
