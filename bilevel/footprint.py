@@ -77,9 +77,8 @@ class Footprint:
 class Planned(Protocol):
     """A problem that says what it needs before it is made."""
 
-    @property
-    def number(self) -> torch.dtype:
-        """Of the lower variable, on a card."""
+    def number(self, memory: Memory) -> torch.dtype:
+        """Of what trains, on a card."""
         ...
 
     def shared(self, devices: int, given: Set[str]) -> tuple[Any, tuple[str, ...]]:

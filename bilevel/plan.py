@@ -130,7 +130,7 @@ def make(words: Sequence[str]) -> Plan:
             problem, notes = problem.shared(devices, given)
             options = dataclasses.replace(options, problem=problem)
             try:
-                does = work(options.solver, problem.number, options.memory)
+                does = work(options.solver, problem.number(options.memory), options.memory)
                 found = problem.footprint(does, options.memory, options.launcher, devices)
             except InputError as error:
                 faults += error.faults

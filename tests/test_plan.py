@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from bilevel.blocks import parameter_groups
 from bilevel.cards import CARDS, find
 from bilevel.footprint import work
 from bilevel.fsdp import DDP, FSDP2
+from bilevel.lora import LoRA
 from bilevel.problems.llm_reweight import LLMReweight, footprint, rehearsal, shapes
 from bilevel.problems.llm_reweight.footprint import Choices, Passes
 from bilevel.problems.llm_reweight.model import example_losses
@@ -75,7 +77,7 @@ def test_adapters_of_yi_are_those_of_the_published_arithmetic():
 # bytes that stay
 
 
-@pytest.mark.parametrize("memory", [Full(), LISA(gamma=1, embedding=False)])
+@pytest.mark.parametrize("memory", [Full(), LISA(gamma=1, embedding=False), LoRA(rank=4)])
 def test_weights_gradients_and_states_are_those_held_by_a_run(memory):
     problem = LLMReweight(layers=4, width=64, dtype="float32", verdict=False)
     solver = scalebio(warmup=0)
@@ -91,7 +93,8 @@ def test_weights_gradients_and_states_are_those_held_by_a_run(memory):
         state = solver.step(problem, Watched(), state)
     held = [state.variables[n].memory() for n in "yz"]
     parts = bytes_of(problem, solver, memory)["in the optimizer's step"]
-    assert parts["weights"] == pytest.approx(sum(h["value"] for h in held), rel=0.02)
+    values = parts["adapters" if isinstance(memory, LoRA) else "weights"]
+    assert values == pytest.approx(sum(h["value"] for h in held), rel=0.02)
     assert parts["gradients"] == pytest.approx(gathered[-1], rel=0.02)
     assert parts["master copies and optimizer"] == pytest.approx(
         sum(h["optimizer"] for h in held), rel=0.02
@@ -101,7 +104,7 @@ def test_weights_gradients_and_states_are_those_held_by_a_run(memory):
 def bytes_of(problem, solver, memory, **changes):
     """The moments of one process on a CPU, where the optimizer steps tensor by tensor."""
     of, passes = footprint._shape(problem), footprint._rows(problem, 1)
-    does = work(solver, problem.number, memory)
+    does = work(solver, problem.number(memory), memory)
     made = footprint.choices(problem, does, memory, Single(), 1, of)
     return footprint.moments(of, dataclasses.replace(made, foreach=False, **changes), passes)
 
@@ -129,7 +132,7 @@ CASES = [
     ("tiny", LISA(gamma=1), "bfloat16", True),
     ("neox", LISA(gamma=1), "float32", True),
     pytest.param("neox", LISA(gamma=1), "bfloat16", False, marks=pytest.mark.slow),
-    pytest.param("qwen", Full(), "bfloat16", False, marks=pytest.mark.slow),
+    ("qwen", Full(), "bfloat16", True),
 ]
 
 
@@ -138,16 +141,35 @@ def test_activations_are_those_counted_on_fake_tensors(model, memory, dtype, aga
     configs = {"neox": NEOX, "qwen": QWEN}
     name = folder(tmp_path, configs[model]) if model in configs else model
     size = {"layers": 4, "width": 128, "batch": 8, "target_batch": 4, "micro_batch": 4}
-    options = {"model": name, "max_length": 129, "dtype": dtype, "checkpointing": again}
+    options = {
+        "model": name,
+        "max_length": 33 if model == "qwen" else 129,
+        "dtype": dtype,
+        "checkpointing": again,
+    }
+    options |= {"loss_chunk": 16 * (model == "qwen")}
     problem, solver = LLMReweight(**size, **options), scalebio(warmup=0)
     between, peak = rehearsal.measured(problem, solver, memory)
     moments = bytes_of(problem, solver, memory)
     for parts in moments.values():
         parts["context and slack"] = 0.0
-        fixed = parts["weights"] + parts["master copies and optimizer"]
+        fixed = parts["weights"] + parts["master copies and optimizer"] + parts["adapters"]
         assert fixed == pytest.approx(between, rel=1e-3)
     most = max(sum(parts.values()) for parts in moments.values())
     assert most - fixed == pytest.approx(peak - between, rel=0.15)
+
+
+def test_a_frozen_block_of_yi_keeps_what_was_counted_once():
+    of, made = shapes.shape("yi-34b"), Choices(checkpointing=False)
+    counted = 13.7e9 / 1024 / 60  # bytes of a token in a block, by a fake-tensor run of all of it
+    assert footprint.activations(of, made, trained=False) == pytest.approx(counted, rel=0.05)
+
+
+def test_copies_are_counted_once():
+    with fake() as storage:
+        copy = deepcopy(torch.nn.Linear(100, 100, bias=False))
+        held = copy(torch.empty(1, 100)).sum()
+        assert storage.live == pytest.approx(40_000, abs=1000) and held.dim() == 0
 
 
 def test_storage_is_counted_until_it_is_freed():
@@ -212,7 +234,7 @@ def test_operations_are_those_that_torch_counts(memory, again):
     made = footprint.choices(problem, work_, memory or Full(), Single(), 1, of)
     counted = counter.get_total_flops()
     assert footprint.pass_flops(of, made, passes) * passes.tokens == pytest.approx(
-        counted, rel=0.03
+        counted, rel=1e-3
     )
 
 
@@ -290,6 +312,10 @@ def test_launchers_share_out_what_they_share_out():
     made = {kind: footprint.choices(problem, does, LISA(), kind(), 8, of) for kind in (FSDP2, DDP)}
     assert made[FSDP2].weight_shards == made[FSDP2].state_shards == 8
     assert made[DDP].weight_shards == made[DDP].gradient_shards == 1
+    for kind in made:  # summed over two passes before they are shared, in float32
+        late = footprint.moments(of, made[kind], footprint._rows(problem, 8))["at the lowest block"]
+        first = made[kind].trained(of) * 2 / made[kind].gradient_shards
+        assert late["gradients"] == first + made[kind].trained(of) * 4
     passes = footprint._rows(problem, 8)
     assert (passes.rows, passes.lower, passes.upper) == (3, 1, 1)
     traffic = footprint._traffic(of, made[FSDP2], passes, does)
@@ -360,6 +386,8 @@ def test_a_step_of_the_real_code_is_counted(capsys):
     assert counted["peak"] == pytest.approx(found["total"] - slack, rel=0.1)
     with pytest.raises(InputError, match="one process"):
         plan.measure(plan.make([*YI, *MIXED]))
+    with pytest.raises(InputError, match="memory=lora cannot be counted"):
+        plan.measure(plan.make(["problem=llm_reweight", "memory=lora"]))
 
 
 def test_all_faults_are_told_together(capsys):
@@ -430,9 +458,11 @@ def test_cards_name_their_source():
 
 def test_34_billion_are_planned_in_seconds_without_memory():
     command = [sys.executable, "-m", "bilevel.plan", *YI, *MIXED]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent.parent
-    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
     assert done.returncode == 0, done.stderr
-    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # kB on Linux
-    assert used < 2e9
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert busy < 20  # of the processor: the wall clock depends on who else is there
+    assert after.ru_maxrss * 1024 < 2e9  # kB on Linux

@@ -9,8 +9,11 @@ from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from bilevel import LISA, Full, InputError, Launcher, Memory
 from bilevel.footprint import Footprint, Work
+from bilevel.lora import LoRA
 from bilevel.problems.llm_reweight.losses import LOGITS
 from bilevel.problems.llm_reweight.shapes import Shape, shape
 
@@ -106,6 +109,12 @@ class Passes:
     def tokens(self) -> int:
         """Tokens of the largest pass."""
         return self.rows * self.length
+
+
+def number(problem: LLMReweight, memory: Memory) -> torch.dtype:
+    """Of what trains: the model's own on a card, all of which compute in bfloat16, or adapters'."""
+    wide = problem.dtype == "float32" or isinstance(memory, LoRA)
+    return torch.float32 if wide else torch.bfloat16
 
 
 def shared(
@@ -219,6 +228,10 @@ def choices(
             )
         ends = tuple(n for n in ("embedding", "head", "norms") if getattr(memory, n))
         base |= {"blocks": memory.gamma, "ends": ends}
+    elif kind is LoRA and isinstance(memory, LoRA):
+        if memory.targets:
+            faults.append("memory.targets cannot be planned yet; leave it out for all matrices.")
+        base |= {"blocks": 0, "ends": (), "rank": memory.rank, "bases": 1, "gradient": WIDE}
     else:
         faults.append(f"memory={type(memory).__name__.lower()} cannot be planned yet.")
     match type(launcher).__name__:
@@ -249,11 +262,12 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
     summed whole before they are shared, those of the present sweep only.
     """
     n, trained = of.total, made.trained(of)
+    kept = (trained if made.rank else n) * made.kept
     states = 0.0 if made.held_on_host else made.resident * trained * made.held / made.state_shards
     fixed = {
         "weights": made.bases * n * made.weight / made.weight_shards,
         "adapters": made.learners * trained * made.adapter / made.weight_shards * bool(made.rank),
-        "master copies and optimizer": states + made.learners * n * made.kept / made.state_shards,
+        "master copies and optimizer": states + made.learners * kept / made.state_shards,
         "context and slack": SLACK,
     }
     fixed["weights"] += (made.bases == 1 < made.resident and not made.rank) * (
@@ -428,8 +442,11 @@ def _host(of: Shape, made: Choices, devices: int) -> dict[str, float]:
 
 def _disk(of: Shape, made: Choices) -> dict[str, float]:
     trained = made.trained(of)
-    one = made.bases * of.total * made.weight + made.learners * of.total * made.kept
-    one += made.learners * trained * (made.held + made.adapter * bool(made.rank))
+    if made.rank:  # the base is not saved
+        one = made.learners * trained * (made.adapter + made.held + made.kept)
+    else:
+        one = made.bases * of.total * made.weight + made.learners * of.total * made.kept
+        one += made.learners * trained * made.held
     return {f"checkpoints, {KEPT} at a time": KEPT * one}
 
 

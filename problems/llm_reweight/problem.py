@@ -294,10 +294,10 @@ class LLMReweight(Problem):
             f"{', '.join(bad[:8])}{more}"
         )
 
-    @property
-    def number(self) -> torch.dtype:
-        """Of the model's parameters on a card, all of which compute in bfloat16."""
-        return torch.float32 if self.dtype == "float32" else torch.bfloat16
+    def number(self, memory: Memory) -> torch.dtype:
+        from bilevel.problems.llm_reweight import footprint
+
+        return footprint.number(self, memory)
 
     def shared(self, devices: int, given: Set[str]) -> tuple[LLMReweight, tuple[str, ...]]:
         from bilevel.problems.llm_reweight import footprint

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bilevel import Always, Memory, Problem, Single, Solver, Stream
+from bilevel import Always, InputError, Memory, Problem, Single, Solver, Stream
+from bilevel.lora import LoRA
 from bilevel.problems.llm_reweight.placement import Placement, place
 from bilevel.problems.llm_reweight.shapes import config
 from bilevel.problems.llm_reweight.tokens import Batch
@@ -26,7 +27,15 @@ def measured(problem: LLMReweight, solver: Solver, memory: Memory) -> tuple[floa
 
     The problem's losses, the solver, the strategy and the optimizers are those of a run; weights,
     batches and what is computed of them have shapes only. Temporaries of kernels are not seen.
+
+    Raises:
+        InputError: If the strategy does not work on fake tensors.
     """
+    if isinstance(memory, LoRA):
+        raise InputError(
+            "memory=lora cannot be counted on fake tensors, which peft cannot move; leave out "
+            "--measure."
+        )
     generator = torch.Generator().manual_seed(0)
     stage = _Stage(problem=problem, model=_model(problem))
     with fake() as storage:
