@@ -1,8 +1,13 @@
 """Several processes give what one gives, and hold no more than their share."""
 
 import json
+import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,10 +66,11 @@ def test_two_processes_give_what_one_gives(folder, single, case):
         torch.testing.assert_close(found[part], expected[part], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("memory", ["full", "lora"])
 @pytest.mark.parametrize("launcher", sorted(LAUNCHERS))
-def test_a_process_holds_its_share(folder, single, launcher):
-    held = int(load_file(folder / f"{launcher}-full-scalebio-0.safetensors")["held"])
-    everything = int(single["full", "scalebio"]["held"])
+def test_a_process_holds_its_share(folder, single, launcher, memory):
+    held = int(load_file(folder / f"{launcher}-{memory}-scalebio-0.safetensors")["held"])
+    everything = int(single[memory, "scalebio"]["held"])  # with lora, the base and both adapters
     least = everything if launcher == "ddp" else everything / 2
     assert least <= held <= 1.01 * least  # odd rows go to the first process
 
@@ -107,3 +113,106 @@ def test_shares_of_a_batch_add_up(folder):
             shares = [loss(x, y, problem.share(batch, i, count)) for i in range(count)]
             torch.testing.assert_close(sum(shares), whole, rtol=1e-6, atol=0)
     assert all(p.grad is None for p in leaves(y))
+
+
+def words(folder, out, *more):
+    """A run of LISA with two switches, as the command line takes it."""
+    sources = " ".join(str(folder / f"{name}.jsonl") for name in ("good", "fair", "bad"))
+    fixed = "layers=3 width=32 batch=12 target_batch=8 max_length=24 verdict=false memory=lisa"
+    fixed += " gamma=1 period=4 solver=scalebio warmup=2 checkpoint_every=2"
+    return [
+        *("-m", "bilevel.run", "problem=llm_reweight", f"sources={sources}", f"out={out}"),
+        *(f"target={folder / 'target.jsonl'}", *fixed.split(), *more),
+    ]
+
+
+def path_of(out):
+    rows = (out / "trajectory.jsonl").read_text().splitlines()
+    return [[row["upper"], row["lower"], *row["weights"].values()] for row in map(json.loads, rows)]
+
+
+def start(count, arguments):
+    """The processes of a run, started without torchrun, which would stop them by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    command = [sys.executable, *arguments]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+    return [subprocess.Popen(command, env=os.environ | place | own, **pipe) for own in ranks]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_any_number_of_processes(folder, tmp_path):
+    short = words(folder, tmp_path / "short", "launcher=fsdp2", "steps=6")
+    assert torchrun(2, *short).returncode == 0
+    assert (
+        torchrun(2, *words(folder, tmp_path / "long", "launcher=fsdp2", "steps=12")).returncode == 0
+    )
+    whole = torch.tensor(path_of(tmp_path / "long"))
+    for count, launcher in ((1, "single"), (2, "fsdp2"), (4, "ddp")):
+        out = tmp_path / f"{count}"
+        shutil.copytree(tmp_path / "short", out)
+        again = words(folder, out, f"launcher={launcher}", "steps=12")
+        done = torchrun(count, *again) if count > 1 else None
+        if done is None:
+            done = subprocess.run([sys.executable, *again], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "going on from" in done.stdout
+        found = torch.tensor(path_of(out))
+        if count == 2:
+            assert torch.equal(found, whole)
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_process_ends_the_run_and_it_goes_on(folder, tmp_path, lost):
+    out, more = tmp_path / "killed", ("launcher=fsdp2", "steps=40")
+    team = start(2, words(folder, out, *more))
+    wait_for(out / "checkpoints" / "step-00000006", team)
+    team[lost].kill()
+    _, told = team[1 - lost].communicate(timeout=120)
+    team[lost].communicate()
+    assert team[1 - lost].returncode == 2
+    assert f"process {1 - lost} of 2 lost the others" in told
+    assert "Traceback" not in told
+    calm = tmp_path / "calm"
+    for place in (out, calm):
+        done = torchrun(2, *words(folder, place, *more))
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert path_of(out) == path_of(calm)
+
+
+def wait_for(path, team):
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert all(process.poll() is None for process in team), team[0].stderr.read()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not come")
+
+
+@pytest.mark.slow
+def test_a_hanging_process_ends_the_run_in_words(folder, tmp_path):
+    team = start(2, words(folder, tmp_path / "hang", "launcher=ddp", "launcher.timeout=5"))
+    wait_for(tmp_path / "hang" / "checkpoints" / "step-00000004", team)
+    team[1].send_signal(signal.SIGSTOP)
+    _, told = team[0].communicate(timeout=120)
+    team[1].kill()
+    team[1].communicate()
+    assert team[0].returncode == 2
+    assert "process 0 of 2 lost the others" in told
+
+
+@pytest.mark.slow
+def test_a_wrong_start_is_told_once_and_ends_all(folder, tmp_path):
+    done = torchrun(2, *words(folder, tmp_path / "no", "launcher=fsdp2", "solver.warmup=-1"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: solver.warmup must be non-negative") == 1
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    done = torchrun(2, *words(folder, tmp_path / "full", "launcher=fsdp2"))
+    assert done.returncode != 0
+    assert done.stderr.count("already holds files") == 1
