@@ -6,6 +6,7 @@ from bilevel.compare import Comparison, compare
 from bilevel.errors import InputError
 from bilevel.hypergradient import Hypergradient, hypergradient
 from bilevel.launch import Launcher, Single
+from bilevel.lora import LoRA
 from bilevel.memory import LISA, Full, Memory
 from bilevel.problem import Always, Functions, Problem, Solution, Stream
 from bilevel.resolve import Lower, resolve
@@ -25,6 +26,7 @@ __all__ = [
     "Hypergradient",
     "InputError",
     "Launcher",
+    "LoRA",
     "Lower",
     "Memory",
     "PairwiseVotes",

@@ -61,12 +61,11 @@ def options(problem: Problem, solver: Solver, memory: Memory, launcher: Launcher
 
 def fit(problem: Problem, solver: Solver, memory: Memory, launcher: Launcher) -> list[str]:
     """What solver, memory and launcher cannot do with each other."""
+    bound = constrained(problem, "lower")
     faults = launcher.check(
-        problem,
-        order=solver.order,
-        parallel=solver.parallel,
-        constrained=constrained(problem, "lower"),
+        problem, order=solver.order, parallel=solver.parallel, constrained=bound
     )
+    faults += memory.check(constrained=bound)
     if solver.order > 1 and not isinstance(memory, Full):
         faults.append(
             f"{type(solver).__name__} takes second derivatives of all of y; use memory=full, or a "

@@ -19,7 +19,7 @@ from bilevel.blocks import units
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.problem import Problem
-from bilevel.tree import Value, clone, leaves, named_leaves, norm
+from bilevel.tree import Part, Value, digest, leaves, norm, twin
 from bilevel.variable import OptimizerFactory, Variable
 
 HALF = (torch.bfloat16, torch.float16)
@@ -74,8 +74,11 @@ class _Engine(Launcher):
         optimizer: OptimizerFactory,
         project: Callable[[Value], Value] | None = None,
     ) -> Variable:
-        processes.same(f"the start of {name}", _digest(value))
-        if not isinstance(value, nn.Module):
+        own = value.whole if isinstance(value, Part) else value
+        processes.same(f"the start of {name}", digest(own))
+        if isinstance(value, Part):
+            self._shard(value.whole)  # with the parts of its twins
+        if not isinstance(value, nn.Module) or isinstance(value, Part):
             return Variable(name, value, optimizer, project)
         blueprint = _blueprint(value)
         variable = Variable(name, self._shard(value), optimizer, project)
@@ -83,8 +86,8 @@ class _Engine(Launcher):
         return variable
 
     def twin(self, original: Variable, name: str, optimizer: OptimizerFactory) -> Variable:
-        if not isinstance(original.value, nn.Module):
-            return Variable(name, clone(original.value), optimizer, original.project)
+        if not isinstance(original.value, nn.Module) or isinstance(original.value, Part):
+            return Variable(name, twin(original.value, name), optimizer, original.project)
         device = leaves(original.value)[0].device.type
         module = self._shard(deepcopy(original.blueprint), device)
         held = {k: v.detach().clone() for k, v in original.value.state_dict().items()}
@@ -212,15 +215,6 @@ def _check_options(launcher: _Engine) -> None:
         faults.append(f"launcher.timeout must be positive and finite, got {launcher.timeout}.")
     if faults:
         raise InputError(faults)
-
-
-def _digest(value: Value) -> str:
-    """What tells one start from another: shapes, types and the first entries of every leaf."""
-    parts = []
-    for name, leaf in named_leaves(value).items():
-        first = leaf.detach().flatten()[:64].double().tolist()
-        parts.append(f"{name} {leaf.dtype} {tuple(leaf.shape)} {first}")
-    return "\n".join(parts)
 
 
 def _blueprint(module: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel.errors import InputError
 from bilevel.problem import Problem
-from bilevel.tree import Value, clone, norm
+from bilevel.tree import Value, norm, twin
 from bilevel.variable import OptimizerFactory, Variable
 
 
@@ -119,7 +119,7 @@ class Single(Launcher):
         return Variable(name, value, optimizer, project)
 
     def twin(self, original: Variable, name: str, optimizer: OptimizerFactory) -> Variable:
-        return self.variable(name, clone(original.value), optimizer, original.project)
+        return self.variable(name, twin(original.value, name), optimizer, original.project)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         if loss.requires_grad:  # not where it depends on nothing that gathers now

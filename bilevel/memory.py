@@ -23,6 +23,14 @@ log = logging.getLogger("bilevel")
 class Memory(ABC):
     """A strategy for the lower variable and its twins; `init` gives its state for one run."""
 
+    def check(self, *, constrained: bool) -> list[str]:
+        """Why this cannot be used, as sentences; called before anything is loaded.
+
+        Args:
+            constrained: Whether the lower variable has a feasible set of its own.
+        """
+        return []
+
     def prepare(self, value: Value, names: Sequence[str]) -> Value:
         """The start of y as this strategy trains it, for copies of these names; y comes first."""
         return value

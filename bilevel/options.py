@@ -19,13 +19,14 @@ from bilevel.check import fit
 from bilevel.errors import InputError
 from bilevel.fsdp import DDP, FSDP2
 from bilevel.launch import Launcher, Single
+from bilevel.lora import LoRA
 from bilevel.memory import LISA, Full, Memory
 from bilevel.problem import Problem
 from bilevel.solver import Solver
 
 KINDS = {"problem": Problem, "solver": Solver, "memory": Memory, "launcher": Launcher}
 CHOICES: dict[str, dict[str, Any]] = {
-    "memory": {"full": Full, "lisa": LISA},
+    "memory": {"full": Full, "lisa": LISA, "lora": LoRA},
     "launcher": {"single": Single, "ddp": DDP, "fsdp2": FSDP2},
 }
 

@@ -23,6 +23,7 @@ from bilevel import checkpoint, fields, plugins, processes
 from bilevel.check import probe
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
+from bilevel.lora import Adapter
 from bilevel.options import CHOICES, KINDS, Options, help_text, parse
 from bilevel.problem import Problem
 from bilevel.result import Result, Status
@@ -102,6 +103,8 @@ def _run(options: Options, words: list[str]) -> int:
                     state=state,
                     **parts,
                 )
+            if result.success and isinstance(result.y, Adapter):
+                result.y.save_pretrained(out / "adapter", main=launcher.is_main)
             if not launcher.is_main:
                 return 0 if result.success else 1
             _write_result(out, result)

@@ -11,7 +11,7 @@ ORDER = [
     ["votes", "linear", "spectrum", "projection"],
     ["variable", "precision", "blocks", "processes"],
     ["problem", "memory"],
-    ["launch"],
+    ["launch", "lora"],
     ["oracle", "solver", "checkpoint", "plugins", "fsdp"],
     ["descent", "check", "resolve", "batch", "footprint"],
     ["hypergradient"],

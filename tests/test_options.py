@@ -31,7 +31,7 @@ def here(tmp_path, monkeypatch):
         (["steps=3"], ["problem=NAME is missing; choices: "]),
         (["llm_reweight"], ["did you mean problem=llm_reweight?", "problem=NAME is missing"]),
         ([QUADRATIC, "solver=scalbio"], ["did you mean 'scalebio'?"]),
-        ([QUADRATIC, "memory=lora"], ["unknown memory 'lora'; choices: full, lisa."]),
+        ([QUADRATIC, "memory=rola"], ["unknown memory 'rola'; choices: full, lisa, lora."]),
         ([QUADRATIC, "memory=lisa"], ["an nn.Module with a stack of blocks, got Tensor", "full"]),
         ([QUADRATIC, "launcher=x"], ["unknown launcher 'x'; choices: single, ddp, fsdp2."]),
         ([QUADRATIC, "steps", "=", "5"], ["without spaces around =, got 'steps'", "got '='"]),

@@ -40,7 +40,7 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
             f"verdict: training {count} fresh models, {problem.verdict_steps} steps each",
             flush=True,
         )
-        judged = verdict.compare(problem, mixtures)
+        judged = verdict.compare(problem, mixtures, like=result.y)
         body["verdict"] = judged
         write_weights(body, out)
     from bilevel.problems.llm_reweight import report

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bilevel import optimizer_by_name
+from bilevel.lora import Adapter
 from bilevel.precision import masters
 from bilevel.problems.llm_reweight.model import example_losses
 from bilevel.problems.llm_reweight.problem import LLMReweight
@@ -25,14 +26,17 @@ def mixtures(problem: LLMReweight, weights: dict[str, float]) -> dict[str, dict[
     return found
 
 
-def compare(problem: LLMReweight, mixtures: dict[str, dict[str, float]]) -> dict[str, Any]:
+def compare(
+    problem: LLMReweight, mixtures: dict[str, dict[str, float]], like: Any = None
+) -> dict[str, Any]:
     """Train fresh models with every mixture; "learned" and "uniform" must be among them.
 
+    Where `like` is an adapter, of fresh models an adapter of that kind trains; else everything.
     Seeds are paired: the same start, the same order within each source. Returns the test losses
     (mean over examples, nats per token), the paired differences and the sentences to print.
     """
     seeds = range(problem.verdict_seeds)
-    losses = {n: [train(problem, m, seed=s) for s in seeds] for n, m in mixtures.items()}
+    losses = {n: [train(problem, m, seed=s, like=like) for s in seeds] for n, m in mixtures.items()}
     gains = [u - w for u, w in zip(losses["uniform"], losses["learned"], strict=True)]
     means = {name: statistics.fmean(values) for name, values in losses.items()}
     gap = means["uniform"] - means.get("oracle", means["uniform"])
@@ -45,9 +49,11 @@ def compare(problem: LLMReweight, mixtures: dict[str, dict[str, float]]) -> dict
     }
 
 
-def train(problem: LLMReweight, mixture: dict[str, float], *, seed: int) -> float:
+def train(problem: LLMReweight, mixture: dict[str, float], *, seed: int, like: Any = None) -> float:
     """The test loss of a fresh model trained on rows drawn by `mixture`, nats per token."""
     model = problem.fresh_model(1000 + seed)
+    if isinstance(like, Adapter):
+        model = like.renewed(model, seed=seed)
     rows = problem.rows
     shares = torch.tensor([mixture[n] for n in problem.names], dtype=torch.float64)
     adamw = optimizer_by_name("adamw", LEARNING_RATE, fused=True)

@@ -13,7 +13,7 @@ from bilevel.descent import finite_norm
 from bilevel.launch import Launcher
 from bilevel.problem import Problem
 from bilevel.solver import State, finite_loss
-from bilevel.tree import dot, leaves
+from bilevel.tree import dot, dtypes, leaves
 from bilevel.variable import Variable
 
 ROUNDING = 64  # roundings of the losses below which a difference of them says nothing
@@ -44,7 +44,7 @@ class Seen:
 
     def noise(self, point: Point) -> float:
         """What rounding may have added to h."""
-        eps = max(torch.finfo(p.dtype).eps for p in leaves(point.copy.value))
+        eps = max(torch.finfo(kind).eps for kind in dtypes(point.copy.value))
         size = abs(point.scale * self.lower) + abs(point.weight * self.upper)
         return ROUNDING * eps * size
 

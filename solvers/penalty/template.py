@@ -28,7 +28,7 @@ from bilevel.solvers.penalty.sweeps import (
     pull,
     sweep,
 )
-from bilevel.tree import leaves
+from bilevel.tree import dtypes, leaves
 from bilevel.variable import Variable, optimizer_by_name
 
 PENALTY_CAPS = {torch.float64: 1e6, torch.float32: 1e3, torch.bfloat16: 1e2, torch.float16: 1e2}
@@ -250,7 +250,7 @@ class Penalty(Solver):
         state.step += 1
 
     def _cap(self, y: Variable) -> float:
-        caps = [PENALTY_CAPS[p.dtype] for p in leaves(y.value) if p.dtype in PENALTY_CAPS]
+        caps = [PENALTY_CAPS[kind] for kind in dtypes(y.value) if kind in PENALTY_CAPS]
         cap = min(caps, default=PENALTY_CAPS[torch.float64])
         return min(cap, self.max_penalty) if self.max_penalty else cap
 
