@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -62,8 +63,15 @@ def options(problem: Problem, solver: Solver, memory: Memory, launcher: Launcher
 def fit(problem: Problem, solver: Solver, memory: Memory, launcher: Launcher) -> list[str]:
     """What solver, memory and launcher cannot do with each other."""
     bound = constrained(problem, "lower")
+    own = fields(solver) if is_dataclass(solver) else ()
     faults = launcher.check(
-        problem, order=solver.order, parallel=solver.parallel, constrained=bound
+        problem,
+        memory,
+        order=solver.order,
+        parallel=solver.parallel,
+        direct=solver.direct(),
+        constrained=bound,
+        options={field.name: getattr(solver, field.name) for field in own},
     )
     faults += memory.check(constrained=bound)
     if solver.order > 1 and not isinstance(memory, Full):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ from bilevel import processes
 from bilevel.blocks import units
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
+from bilevel.memory import Memory
 from bilevel.problem import Problem
 from bilevel.tree import Part, Value, digest, leaves, norm, twin
 from bilevel.variable import OptimizerFactory, Variable
@@ -36,30 +37,19 @@ class _Engine(Launcher):
         """The mesh of processes that `fully_shard` takes."""
 
     def check(
-        self, problem: Problem, *, order: int, parallel: bool, constrained: bool
+        self,
+        problem: Problem,
+        memory: Memory,
+        *,
+        order: int,
+        parallel: bool,
+        direct: Sequence[str],
+        constrained: bool,
+        options: Mapping[str, Any],
     ) -> list[str]:
-        name, count = type(self).__name__.lower(), processes.expected()
-        faults = []
-        if self.processes not in (0, count):
-            faults.append(
-                f"launcher.processes={self.processes}, but {count} were started; start them with "
-                "torchrun --nproc-per-node (accelerate launch starts only one on a machine "
-                "without GPU)."
-            )
-        if order > 1:
-            faults.append(
-                f"launcher={name} cannot run a solver that takes second derivatives, which do not "
-                "pass through sharded modules; use launcher=single, or a first-order solver such "
-                "as penalty."
-            )
-        elif not parallel:
-            faults.append(
-                f"launcher={name} needs a solver that gathers all gradients through its launcher; "
-                "use one of the penalty family, or launcher=single."
-            )
-        if constrained:
-            faults.append(f"launcher={name} cannot project a lower variable; use launcher=single.")
-        return faults + (problem.check_share(count) if count > 1 else [])
+        name = type(self).__name__.lower()
+        faults = process_faults(problem, self.processes)
+        return faults + engine_faults(name, order=order, parallel=parallel, constrained=constrained)
 
     def open(self) -> None:
         processes.connect(timeout=self.timeout)
@@ -80,9 +70,9 @@ class _Engine(Launcher):
             self._shard(value.whole)  # with the parts of its twins
         if not isinstance(value, nn.Module) or isinstance(value, Part):
             return Variable(name, value, optimizer, project)
-        blueprint = _blueprint(value)
+        empty = blueprint(value)
         variable = Variable(name, self._shard(value), optimizer, project)
-        variable.blueprint = blueprint
+        variable.blueprint = empty
         return variable
 
     def twin(self, original: Variable, name: str, optimizer: OptimizerFactory) -> Variable:
@@ -207,17 +197,59 @@ class DDP(_Engine):
         return init_device_mesh(device, (processes.count(), 1), mesh_dim_names=names)
 
 
-def _check_options(launcher: _Engine) -> None:
+def engine_faults(name: str, *, order: int, parallel: bool, constrained: bool) -> list[str]:
+    """What no engine of several processes can do, as sentences about the launcher `name`."""
     faults = []
-    if launcher.processes < 0:
-        faults.append(f"launcher.processes must be non-negative, got {launcher.processes}.")
-    if not 0 < launcher.timeout < math.inf:
-        faults.append(f"launcher.timeout must be positive and finite, got {launcher.timeout}.")
-    if faults:
+    if order > 1:
+        faults.append(
+            f"launcher={name} cannot run a solver that takes second derivatives, which do not "
+            "pass through sharded modules; use launcher=single, or a first-order solver such "
+            "as penalty."
+        )
+    elif not parallel:
+        faults.append(
+            f"launcher={name} needs a solver that gathers all gradients through its launcher; "
+            "use one of the penalty family, or launcher=single."
+        )
+    if constrained:
+        faults.append(f"launcher={name} cannot project a lower variable; use launcher=single.")
+    return faults
+
+
+def process_faults(problem: Problem, wanted: int) -> list[str]:
+    """Why the processes that were started are not those wanted, or cannot share out batches.
+
+    Args:
+        problem: Whose batches they are.
+        wanted: launcher.processes; 0 takes any number.
+    """
+    count = processes.expected()
+    faults = []
+    if wanted not in (0, count):
+        faults.append(
+            f"launcher.processes={wanted}, but {count} were started; start them with "
+            "torchrun --nproc-per-node (accelerate launch starts only one on a machine "
+            "without GPU)."
+        )
+    return faults + (problem.check_share(count) if count > 1 else [])
+
+
+def option_faults(processes: int, timeout: float) -> list[str]:
+    """What is wrong with the options of every launcher of several processes."""
+    faults = []
+    if processes < 0:
+        faults.append(f"launcher.processes must be non-negative, got {processes}.")
+    if not 0 < timeout < math.inf:
+        faults.append(f"launcher.timeout must be positive and finite, got {timeout}.")
+    return faults
+
+
+def _check_options(launcher: _Engine) -> None:
+    if faults := option_faults(launcher.processes, launcher.timeout):
         raise InputError(faults)
 
 
-def _blueprint(module: nn.Module) -> nn.Module:
+def blueprint(module: nn.Module) -> nn.Module:
     """A copy of a module whose parameters take no memory; its buffers are copies."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)

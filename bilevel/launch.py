@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import InputError
+from bilevel.memory import Memory
 from bilevel.problem import Problem
 from bilevel.tree import Value, norm, twin
 from bilevel.variable import OptimizerFactory, Variable
@@ -21,15 +22,26 @@ class Launcher(ABC):
     terms with `backward`, call `settle`, and then step all variables together with `step`."""
 
     def check(
-        self, problem: Problem, *, order: int, parallel: bool, constrained: bool
+        self,
+        problem: Problem,
+        memory: Memory,
+        *,
+        order: int,
+        parallel: bool,
+        direct: Sequence[str],
+        constrained: bool,
+        options: Mapping[str, Any],
     ) -> list[str]:
         """Why this cannot run here, as sentences; called before anything is loaded.
 
         Args:
             problem: The problem.
+            memory: What is trainable.
             order: The highest derivative that the solver takes.
             parallel: Whether the solver goes through its launcher alone.
+            direct: What of the solver reads or writes the numbers of y itself (`Solver.direct`).
             constrained: Whether the lower variable has a feasible set of its own.
+            options: The solver's options, by name.
         """
         return []
 

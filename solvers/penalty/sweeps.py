@@ -119,10 +119,8 @@ def clip(
     """
     norms = [finite_norm(problem, x, copy, *batches) for copy in copies]
     for copy, length in zip(copies, norms, strict=True):
-        gathered = [p for p in leaves(copy.value) if p.grad is not None]
-        if largest and gathered:
-            total = torch.tensor(length, dtype=torch.float64).to(gathered[0])
-            torch.nn.utils.clip_grads_with_norm_(gathered, largest, total)
+        if largest:
+            copy.clip(largest, length)
     return norms
 
 

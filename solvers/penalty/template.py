@@ -184,6 +184,16 @@ class Penalty(Solver):
             return Status.CONVERGED
         return None
 
+    def direct(self) -> list[str]:
+        found = []
+        if self.growth > 1:
+            found.append(f"solver.growth={self.growth} (1 is reached)")
+        if self.prox:
+            found.append(f"solver.prox={self.prox} (0 is reached)")
+        if self.stencil > 1 and self.patience:
+            found.append(f"solver.stencil={self.stencil} (1, or solver.patience=0, is reached)")
+        return found
+
     def _points(self, state: State) -> list[Point]:
         """The copies with their offsets and coefficients, y first."""
         nu = 1.0 / state.numbers["penalty"]
