@@ -23,11 +23,12 @@ from bilevel.lora import LoRA
 from bilevel.memory import LISA, Full, Memory
 from bilevel.problem import Problem
 from bilevel.solver import Solver
+from bilevel.zero import DeepSpeed
 
 KINDS = {"problem": Problem, "solver": Solver, "memory": Memory, "launcher": Launcher}
 CHOICES: dict[str, dict[str, Any]] = {
     "memory": {"full": Full, "lisa": LISA, "lora": LoRA},
-    "launcher": {"single": Single, "ddp": DDP, "fsdp2": FSDP2},
+    "launcher": {"single": Single, "ddp": DDP, "fsdp2": FSDP2, "deepspeed": DeepSpeed},
 }
 
 Pairs: TypeAlias = list[tuple[str, Any]]

@@ -33,7 +33,7 @@ def here(tmp_path, monkeypatch):
         ([QUADRATIC, "solver=scalbio"], ["did you mean 'scalebio'?"]),
         ([QUADRATIC, "memory=rola"], ["unknown memory 'rola'; choices: full, lisa, lora."]),
         ([QUADRATIC, "memory=lisa"], ["an nn.Module with a stack of blocks, got Tensor", "full"]),
-        ([QUADRATIC, "launcher=x"], ["unknown launcher 'x'; choices: single, ddp, fsdp2."]),
+        ([QUADRATIC, "launcher=x"], ["choices: single, ddp, fsdp2, deepspeed."]),
         ([QUADRATIC, "steps", "=", "5"], ["without spaces around =, got 'steps'", "got '='"]),
         ([QUADRATIC, "stepz=5"], ["unknown key stepz; the nearest is steps."]),
         (
