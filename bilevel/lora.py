@@ -87,7 +87,6 @@ class LoRA(Memory):
                 for known in ("Already found a `peft_config`", "fan_in_fan_out is set to False"):
                     warnings.filterwarnings("ignore", known)  # both are meant
                 inject_adapter_in_model(config, value, adapter_name=name)
-        value.requires_grad_(False)
         for name in names:
             for _, owner, attribute in _places(value, name):
                 p = getattr(owner, attribute).detach()

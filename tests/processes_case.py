@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from bilevel import LISA, Always, Full, Launcher, LoRA, Problem, solve
 from bilevel.fsdp import DDP, FSDP2
+from bilevel.lora import Adapter
 from bilevel.problems.llm_reweight import LLMReweight
 from bilevel.solvers.penalty import VPBGD, Penalty, RecursivePenalty, scalebio
 from bilevel.tree import Part, leaves, local, whole
@@ -98,6 +99,9 @@ def run(
         memory=MEMORIES[memory],
         launcher=launcher,
     )
+    if isinstance(result.y, Adapter):
+        name = f"{type(launcher).__name__.lower()}-adapter"
+        result.y.save_pretrained(folder / name, main=launcher.is_main)
     everything = result.y.whole if isinstance(result.y, Part) else result.y
     flat = torch.cat([whole(p.detach()).flatten() for p in leaves(result.y)])
     losses = [[row["upper"], row["lower"]] for row in result.history]

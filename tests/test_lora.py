@@ -73,11 +73,6 @@ def adapted(model=None, name="y", **options):
     return LoRA(rank=2, **options).prepare(model or tiny(), (name, "z"))
 
 
-def stripped(adapter):
-    """The parameters of an adapter by names that do not tell whose they are."""
-    return {n.replace(f".{adapter.name}.", "."): p for n, p in adapter.named_parameters()}
-
-
 def solve(problem=None, *, memory=None, callbacks=(), steps=7, **options):
     made = memory or LoRA(rank=2)
     return bilevel.solve(
@@ -316,6 +311,15 @@ def test_a_run_writes_its_adapter_and_judges_with_adapters(tmp_path, capsys, mon
     assert tensors["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"].shape == (2, 32)
     assert len(seen) == 2 and all(isinstance(model, Adapter) for model in seen)
     assert bilevel.run.main([*words, "memory.rank=4", f"out={tmp_path / 'out'}"]) == 2
+
+
+def test_a_fresh_adapter_is_a_function_of_its_seed():
+    first, again, other = (
+        [p for n, p in adapted().renewed(tiny(), seed=seed).named_parameters() if "lora_A" in n]
+        for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(p, q) for p, q in zip(first, again, strict=True))
+    assert not any(torch.equal(p, q) for p, q in zip(first, other, strict=True))
 
 
 def test_what_cannot_be_is_told(monkeypatch):

@@ -75,6 +75,17 @@ def test_a_process_holds_its_share(folder, single, launcher, memory):
     assert least <= held <= 1.01 * least  # odd rows go to the first process
 
 
+@pytest.mark.parametrize("launcher", sorted(LAUNCHERS))
+def test_an_adapter_is_gathered_when_it_is_saved(folder, single, launcher):
+    found, expected = (
+        load_file(folder / f"{name}-adapter" / "adapter_model.safetensors")
+        for name in (launcher, "single")
+    )
+    assert found.keys() == expected.keys()
+    for name, p in expected.items():
+        torch.testing.assert_close(found[name], p, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("launcher", [FSDP2(), DDP()], ids=["fsdp2", "ddp"])
 def test_one_process_under_an_engine_is_one_process(folder, single, launcher):
     try:
