@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
@@ -42,13 +43,19 @@ FIXED: dict[str, Any] = {
 
 
 def read(path: str) -> dict[str, Any]:
-    """The config in a JSON file; empty without a path.
+    """The config in a JSON file; without a path, what `accelerate launch` was given, if anything.
 
     Raises:
-        InputError: If it cannot be read, or is not an object.
+        InputError: If it cannot be read, or is not an object, or there are two.
     """
+    started = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    if path and started and Path(path).resolve() != Path(started).resolve():
+        raise InputError(
+            f"launcher.config={path}, but accelerate launch was given {started}; leave one out."
+        )
+    path = path or started
     if not path:
-        return {}
+        return _accelerate(os.environ)
     try:
         body = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -198,6 +205,25 @@ def filled(
             "a value, or leave it out."
         )
     return own
+
+
+def _accelerate(env: Mapping[str, str]) -> dict[str, Any]:
+    """What accelerate's own YAML says of DeepSpeed, as `accelerate launch` hands it on."""
+    if env.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return {}
+    said = {
+        part: env.get(f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE", "none")
+        for part in ("offload_optimizer", "offload_param")
+    }
+    zero: dict[str, Any] = {k: {"device": device} for k, device in said.items() if device != "none"}
+    zero["stage"] = int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")) or AUTO
+    clip = env.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    numbers = env.get("ACCELERATE_MIXED_PRECISION", "no")
+    return {
+        "zero_optimization": zero,
+        "gradient_clipping": AUTO if clip == "none" else float(clip),
+        **({numbers: {"enabled": True}} if numbers in ("bf16", "fp16") else {}),
+    }
 
 
 def _batches(config: dict[str, Any], problem: Problem, count: int) -> list[str]:

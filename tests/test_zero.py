@@ -253,3 +253,20 @@ def test_without_deepspeed_the_extra_is_named(data, monkeypatch):
     monkeypatch.setattr("bilevel.zero.metadata.version", lambda name: "0.18.2")
     (fault,) = bilevel.check(llm(data), scalebio(), launcher=DeepSpeed())
     assert "0.19.8 or newer, found 0.18.2" in fault
+
+
+def test_what_accelerate_launch_was_given_counts(data, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "1.0")
+    assert zero_config.read("") == {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "gradient_clipping": 1.0,
+    }
+    (fault,) = fit(llm(data), scalebio(), Full(), DeepSpeed())
+    assert "gradient_clipping=1.0, but the run has solver.clip=0.0" in fault
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(data / "ds.json"))
+    assert zero_config.read("") == JSON
+    (fault,) = fit(llm(data), scalebio(), Full(), DeepSpeed(config="other.json"))
+    assert "launcher.config=other.json, but accelerate launch was given" in fault
