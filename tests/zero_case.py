@@ -15,7 +15,15 @@ from bilevel.zero import DeepSpeed, whole_parameters
 STEPS = 10
 SOLVERS = {
     "plain": scalebio(warmup=2, clip=1.0),
-    "inner": scalebio(warmup=1, inner_steps=2, stencil=2, patience=0, lower_optimizer="sgd"),
+    "inner": scalebio(  # Adam would hide a wrong scale of the gradient of x
+        warmup=1,
+        inner_steps=2,
+        stencil=2,
+        patience=0,
+        lower_optimizer="sgd",
+        upper_optimizer="sgd",
+        upper_lr=1.0,
+    ),
 }
 CASES = {
     "zero2": ({"stage": 2}, "plain", 0),
