@@ -62,6 +62,17 @@ def _numel(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def block_paths(value: Value) -> list[str]:
+    """Where the blocks of a decoder stand, as `get_submodule` takes it; none without a stack."""
+    if not isinstance(value, nn.Module):
+        return []
+    try:
+        path, stack = _stack(value)
+    except InputError:
+        return []
+    return [f"{path}.{i}" for i in range(len(stack))]
+
+
 def units(module: nn.Module) -> list[nn.Module]:
     """The parts that are gathered and freed by themselves when a module is sharded.
 

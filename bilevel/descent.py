@@ -13,7 +13,7 @@ from bilevel.launch import Launcher
 from bilevel.linear import LinearSolver, LinearStatus, Matvec
 from bilevel.memory import Memory
 from bilevel.oracle import Curvature, Gradients, Vector
-from bilevel.problem import Problem
+from bilevel.problem import Problem, constrained
 from bilevel.solver import State, finite_loss
 from bilevel.tree import dot, leaves, norm
 from bilevel.variable import OptimizerFactory, Variable
@@ -37,8 +37,9 @@ def begin(
     y0 = memory.prepare(y0, ("y", *twins))
     lower = memory.optimizer(lower, generator)
     x = launcher.variable("x", x0, upper, problem.project_upper)
-    y = launcher.variable("y", y0, lower, problem.project_lower)
-    copies = {name: launcher.twin(y, name, lower) for name in twins}
+    shared = () if constrained(problem, "lower") else memory.shared(y0)
+    y = launcher.variable("y", y0, lower, problem.project_lower, shared)
+    copies = {name: launcher.twin(y, name, lower, shared) for name in twins}
     streams = problem.batches(generator)
     return State(
         variables={"x": x, "y": y, **copies},

@@ -87,7 +87,7 @@ class Planned(Protocol):
         ...
 
     def footprint(
-        self, work: Work, memory: Memory, launcher: Launcher, devices: int
+        self, work: Work, memory: Memory, launcher: Launcher, devices: int, steps: int
     ) -> Footprint: ...
 
     def measured(self, solver: Solver, memory: Memory) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.memory import Memory
 from bilevel.problem import Problem
-from bilevel.tree import Part, Value, digest, leaves, norm, twin
+from bilevel.tree import Part, Value, digest, dtypes, leaves, norm, twin
 from bilevel.variable import OptimizerFactory, Variable
 
 HALF = (torch.bfloat16, torch.float16)
@@ -31,6 +31,7 @@ class _Engine(Launcher):
 
     processes: int
     timeout: float
+    reduces: bool
 
     @abstractmethod
     def mesh(self, device: str) -> Any:
@@ -63,27 +64,45 @@ class _Engine(Launcher):
         value: Value,
         optimizer: OptimizerFactory,
         project: Callable[[Value], Value] | None = None,
+        shared: Sequence[str] = (),
     ) -> Variable:
         own = value.whole if isinstance(value, Part) else value
         processes.same(f"the start of {name}", digest(own))
         if isinstance(value, Part):
-            self._shard(value.whole)  # with the parts of its twins
+            device = next(value.whole.parameters()).device.type
+            self._shard(value.whole, device, ())  # with the parts of its twins
         if not isinstance(value, nn.Module) or isinstance(value, Part):
             return Variable(name, value, optimizer, project)
-        empty = blueprint(value)
-        variable = Variable(name, self._shard(value), optimizer, project)
+        empty, device = blueprint(value), next(value.parameters()).device.type
+        variable = Variable(name, self._shard(value, device, shared), optimizer, project)
         variable.blueprint = empty
         return variable
 
-    def twin(self, original: Variable, name: str, optimizer: OptimizerFactory) -> Variable:
+    def twin(
+        self,
+        original: Variable,
+        name: str,
+        optimizer: OptimizerFactory,
+        shared: Sequence[str] = (),
+    ) -> Variable:
         if not isinstance(original.value, nn.Module) or isinstance(original.value, Part):
             return Variable(name, twin(original.value, name), optimizer, original.project)
         device = leaves(original.value)[0].device.type
-        module = self._shard(deepcopy(original.blueprint), device)
-        held = {k: v.detach().clone() for k, v in original.value.state_dict().items()}
-        module.load_state_dict(held, assign=True)
+        module = deepcopy(original.blueprint)
+        for path in shared:
+            module.set_submodule(path, original.value.get_submodule(path))
+        self._shard(module, device, shared)
+        inside = tuple(f"{path}." for path in shared)
+        _fill(module, original.value, lambda name: not name.startswith(inside))
         variable = Variable(name, module, optimizer, original.project)
-        variable.blueprint = original.blueprint
+        variable.blueprint, variable.borrowed = original.blueprint, set(shared)
+
+        def anew(path: str) -> nn.Module:
+            block = self._shard(deepcopy(variable.blueprint.get_submodule(path)), device, ())
+            _fill(block, module.get_submodule(path), lambda name: True)
+            return block
+
+        variable.copier = anew
         return variable
 
     def parts(self, problem: Problem, batch: Any) -> Sequence[Any]:
@@ -95,7 +114,7 @@ class _Engine(Launcher):
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         if loss.requires_grad:
             for module in self._sharded:
-                module.set_requires_gradient_sync(last)
+                module.set_requires_gradient_sync(last or self.reduces, recurse=False)
             loss.backward()
 
     def total(self, numbers: Sequence[float]) -> list[float]:
@@ -127,28 +146,44 @@ class _Engine(Launcher):
     def is_main(self) -> bool:
         return processes.rank() == 0
 
-    def _shard(self, module: nn.Module, device: str | None = None) -> nn.Module:
-        """Put every unit of a module, and what is left, into groups of their own."""
+    def prime(self, problem: Problem, x: Variable, copies: Sequence[Variable]) -> None:
+        """Run each copy once with all of it trainable, if it is in half precision.
+
+        The engine decides at the first pass of a group whether its gradients are summed in float32,
+        and what is frozen then would be summed in half precision when it trains later.
+        """
+        if not any(dtypes(copy.value) & {*HALF} for copy in copies):
+            return
+        batch = self.parts(problem, problem.whole()[0])[0]
+        with torch.no_grad():
+            for copy in copies:
+                problem.upper(x.value, copy.value, batch)
+
+    def _shard(self, module: nn.Module, device: str, shared: Sequence[str]) -> nn.Module:
+        """Put every unit of a module, and what is left, into groups of their own.
+
+        A module that shares units with others has none for what is left: each unit stands alone.
+        """
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         half = any(p.dtype in HALF for p in module.parameters())
         options = {
-            "mesh": self.mesh(device or next(module.parameters()).device.type),
+            "mesh": self.mesh(device),
             "reshard_after_forward": True,
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None),
         }
-        for part in [*units(module), module]:
-            fully_shard(part, **options)
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.set_gradient_divide_factor(1.0)  # losses are shares of a sum
-                part.set_force_sum_reduction_for_comms(True)  # gloo has no other
-        self._sharded.add(module)
+        for part in [*units(module), *([] if shared else [module])]:
+            if not isinstance(part, FSDPModule):
+                fully_shard(part, **options)
+                group: Any = part
+                group.set_gradient_divide_factor(1.0)  # losses are shares of a sum
+                group.set_force_sum_reduction_for_comms(True)  # gloo has no other
+                self._sharded.add(group)
         return module
 
     @cached_property
     def _sharded(self) -> WeakSet[Any]:
-        """The modules that this launcher has sharded, while anyone holds them."""
+        """The groups that this launcher has made, while anyone holds them."""
         return WeakSet()
 
 
@@ -164,6 +199,9 @@ class FSDP2(_Engine):
     """How many processes there must be; 0 takes as many as were started."""
     timeout: float = 1800.0
     """Seconds that a process waits for the others before it gives up."""
+    reduces: bool = True
+    """Whether gradients are summed and cut up after every micro-batch rather than once a step: less
+    memory, more communication."""
 
     def __post_init__(self) -> None:
         _check_options(self)
@@ -186,6 +224,8 @@ class DDP(_Engine):
     """How many processes there must be; 0 takes as many as were started."""
     timeout: float = 1800.0
     """Seconds that a process waits for the others before it gives up."""
+    reduces: bool = False
+    """Whether gradients are summed after every micro-batch rather than once a step."""
 
     def __post_init__(self) -> None:
         _check_options(self)
@@ -247,6 +287,12 @@ def option_faults(processes: int, timeout: float) -> list[str]:
 def _check_options(launcher: _Engine) -> None:
     if faults := option_faults(launcher.processes, launcher.timeout):
         raise InputError(faults)
+
+
+def _fill(module: nn.Module, source: nn.Module, wanted: Callable[[str], bool]) -> None:
+    """Give a sharded module without content copies of the shards of another of its kind."""
+    held = {k: v.detach().clone() for k, v in source.state_dict().items() if wanted(k)}
+    module.load_state_dict(held, assign=True, strict=False)
 
 
 def blueprint(module: nn.Module) -> nn.Module:

@@ -312,13 +312,20 @@ class _Holding(Launcher):
         value: Value,
         optimizer: OptimizerFactory,
         project: Callable[[Value], Value] | None = None,
+        shared: Sequence[str] = (),
     ) -> Variable:
         if name == "x":
             return self._inner.variable(name, value, _Hold)
-        return self._inner.variable(name, value, optimizer, project)
+        return self._inner.variable(name, value, optimizer, project, shared)
 
-    def twin(self, original: Variable, name: str, optimizer: OptimizerFactory) -> Variable:
-        return self._inner.twin(original, name, optimizer)
+    def twin(
+        self,
+        original: Variable,
+        name: str,
+        optimizer: OptimizerFactory,
+        shared: Sequence[str] = (),
+    ) -> Variable:
+        return self._inner.twin(original, name, optimizer, shared)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self._inner.backward(loss, last=last)

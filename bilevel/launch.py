@@ -58,12 +58,28 @@ class Launcher(ABC):
         value: Value,
         optimizer: OptimizerFactory,
         project: Callable[[Value], Value] | None = None,
+        shared: Sequence[str] = (),
     ) -> Variable:
-        """A variable that owns `value`."""
+        """A variable that owns `value`, of which twins will share the submodules at these paths."""
 
     @abstractmethod
-    def twin(self, original: Variable, name: str, optimizer: OptimizerFactory) -> Variable:
-        """A variable that starts as an independent copy of another, sharded and saved alike."""
+    def twin(
+        self,
+        original: Variable,
+        name: str,
+        optimizer: OptimizerFactory,
+        shared: Sequence[str] = (),
+    ) -> Variable:
+        """A variable that starts as a copy of another, sharded and saved alike.
+
+        It is independent of that but for the submodules at the paths `shared`, which it uses too
+        until `Variable.fork`.
+        """
+
+    def prime(  # noqa: B027 - for engines only
+        self, problem: Problem, x: Variable, copies: Sequence[Variable]
+    ) -> None:
+        """Do what an engine needs before the first step."""
 
     def parts(self, problem: Problem, batch: Any) -> Sequence[Any]:
         """The micro-batches of a batch that this process works on, as many on every process."""
@@ -125,13 +141,23 @@ class Single(Launcher):
         value: Value,
         optimizer: OptimizerFactory,
         project: Callable[[Value], Value] | None = None,
+        shared: Sequence[str] = (),
     ) -> Variable:
         if self.threads:
             torch.set_num_threads(self.threads)
         return Variable(name, value, optimizer, project)
 
-    def twin(self, original: Variable, name: str, optimizer: OptimizerFactory) -> Variable:
-        return self.variable(name, twin(original.value, name), optimizer, original.project)
+    def twin(
+        self,
+        original: Variable,
+        name: str,
+        optimizer: OptimizerFactory,
+        shared: Sequence[str] = (),
+    ) -> Variable:
+        copy = twin(original.value, name, shared)
+        variable = self.variable(name, copy, optimizer, original.project)
+        variable.borrowed = set(shared)
+        return variable
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         if loss.requires_grad:  # not where it depends on nothing that gathers now

@@ -201,7 +201,7 @@ class _State(MemoryState):
     def state_dict(self) -> dict[str, Any]:
         return {"base": self.base}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], variables: Sequence[Variable]) -> None:
         if state["base"] != self.base:
             raise InputError(
                 "the checkpoint holds adapters of another base model: its frozen weights differ "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.blocks import parameter_groups
+from bilevel.blocks import block_paths, parameter_groups
 from bilevel.errors import InputError
 from bilevel.precision import Precision, with_precision
 from bilevel.tree import Value, named_leaves
@@ -39,6 +39,10 @@ class Memory(ABC):
         """The optimizers of the lower variable and its twins, made from those of a solver."""
         return factory
 
+    def shared(self, value: Value) -> Sequence[str]:
+        """The submodules of y that its twins use too, until `Variable.fork` copies them."""
+        return ()
+
     @abstractmethod
     def init(self, value: Value, generator: torch.Generator) -> MemoryState:
         """The state for a lower variable of this structure.
@@ -49,7 +53,7 @@ class Memory(ABC):
 
 
 class MemoryState(ABC):
-    """Called before every step with all copies of the lower variable."""
+    """Called before every step with all copies of the lower variable, the original first."""
 
     @abstractmethod
     def before_step(self, step: int, variables: Sequence[Variable]) -> None:
@@ -59,7 +63,8 @@ class MemoryState(ABC):
     def state_dict(self) -> dict[str, Any]: ...
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any], variables: Sequence[Variable]) -> None:
+        """Go on from a state; called before the variables take their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,7 @@ class _FullState(MemoryState):
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], variables: Sequence[Variable]) -> None:
         pass
 
 
@@ -93,7 +98,8 @@ class LISA(Memory):
     """A few blocks drawn uniformly every `period` steps train, with embedding, head and norms.
 
     All copies of the lower variable share one draw. Optimizer state exists for the active set
-    only: what leaves the set loses its state.
+    only: what leaves the set loses its state. With `share` the copies use the same blocks until
+    these are first drawn, when each takes a copy of its own: the same numbers in less memory.
 
     Reference: Pan et al., LISA: Layerwise Importance Sampling for Memory-Efficient Large Language
     Model Fine-Tuning, 2024, Algorithm 1. Deviations: final norms train with the head; the state of
@@ -110,6 +116,11 @@ class LISA(Memory):
     """Whether the output head trains."""
     norms: bool = True
     """Whether parameters outside blocks, embedding and head (the final norm) train."""
+    pool: int = 0
+    """Blocks that are ever drawn, chosen at the start; 0 takes all. Bounds memory with `share`, but
+    is not the published sampling."""
+    share: bool = True
+    """Whether all copies use one set of the blocks that have never been drawn."""
     precision: Precision = "master"
     """How bfloat16 and float16 parameters step: with float32 masters of what trains, by stochastic
     rounding, or plain, which loses small steps. Float32 and float64 are not concerned."""
@@ -120,47 +131,78 @@ class LISA(Memory):
             for name in ("gamma", "period")
             if getattr(self, name) < 1
         ]
+        if self.pool and self.pool < self.gamma:
+            faults.append(
+                f"memory.pool must be 0 or at least memory.gamma={self.gamma}, got {self.pool}."
+            )
         if faults:
             raise InputError(faults)
 
     def optimizer(self, factory: OptimizerFactory, generator: torch.Generator) -> OptimizerFactory:
         return with_precision(factory, self.precision, generator)
 
+    def shared(self, value: Value) -> Sequence[str]:
+        return block_paths(value) if self.share else ()
+
     def init(self, value: Value, generator: torch.Generator) -> MemoryState:
         groups = parameter_groups(value)
         count = len(groups["blocks"])
-        if self.gamma > count:
-            raise InputError(
-                f"memory.gamma must be at most the number of blocks, {count}, got {self.gamma}."
-            )
+        faults = [
+            f"memory.{name} must be at most the number of blocks, {count}, got {number}."
+            for name, number in (("gamma", self.gamma), ("pool", self.pool))
+            if number > count
+        ]
+        if faults:
+            raise InputError(faults)
         own = torch.Generator().manual_seed(
             int(torch.randint(2**62, (), generator=generator, dtype=torch.int64))
         )
-        return _LISAState(self, groups, own)
+        pool = list(range(count))
+        if self.pool:
+            pool = sorted(torch.randperm(count, generator=own)[: self.pool].tolist())
+        return _LISAState(self, groups, block_paths(value), pool, own)
 
 
 class _LISAState(MemoryState):
-    def __init__(self, options: LISA, groups: dict[str, list], generator: torch.Generator) -> None:
-        self.options = options
-        self.groups = groups
+    def __init__(
+        self,
+        options: LISA,
+        groups: dict[str, list],
+        paths: list[str],
+        pool: list[int],
+        generator: torch.Generator,
+    ) -> None:
+        self.options, self.groups, self.paths, self.pool = options, groups, paths, pool
         self.generator = generator
         self.active: list[int] = []
+        self.drawn: list[int] = []
+        """Every block drawn so far: of these each copy has its own."""
 
     def before_step(self, step: int, variables: Sequence[Variable]) -> None:
         if step % self.options.period == 0 or not self.active:
-            draw = torch.randperm(len(self.groups["blocks"]), generator=self.generator)
-            self.active = sorted(draw[: self.options.gamma].tolist())
+            draw = torch.randperm(len(self.pool), generator=self.generator)
+            self.active = sorted(self.pool[i] for i in draw[: self.options.gamma].tolist())
+            self._fork([i for i in self.active if i not in self.drawn], variables)
             self._apply(variables)
             log.info("step %d: LISA trains blocks %s; %s", step, self.active, _held(variables))
         elif any(self._is_stale(v) for v in variables):
             self._apply(variables)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"active": self.active, "generator": self.generator.get_state()}
+        state = {"active": self.active, "drawn": self.drawn, "pool": self.pool}
+        return state | {"generator": self.generator.get_state()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.active = list(state["active"])
+    def load_state_dict(self, state: dict[str, Any], variables: Sequence[Variable]) -> None:
+        self.active, self.pool = list(state["active"]), list(state["pool"])
         self.generator.set_state(state["generator"])
+        self._fork(list(state["drawn"]), variables)
+
+    def _fork(self, blocks: list[int], variables: Sequence[Variable]) -> None:
+        """Give every copy but the first, which owns all, blocks of its own."""
+        self.drawn = sorted({*self.drawn, *blocks})
+        if self.options.share:
+            for twin in variables[1:]:
+                twin.fork([self.paths[i] for i in blocks])
 
     def _trainable(self) -> set[str]:
         names = {n for i in self.active for n in self.groups["blocks"][i]}

@@ -131,7 +131,8 @@ def make(words: Sequence[str]) -> Plan:
             options = dataclasses.replace(options, problem=problem)
             try:
                 does = work(options.solver, problem.number(options.memory), options.memory)
-                found = problem.footprint(does, options.memory, options.launcher, devices)
+                parts = (options.memory, options.launcher)
+                found = problem.footprint(does, *parts, devices, options.settings.steps)
             except InputError as error:
                 faults += error.faults
     if faults or card is None or options is None or found is None:

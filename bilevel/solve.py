@@ -187,7 +187,9 @@ def start(
     launcher.open()
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for modules that draw from the global generator when built
-    return solver.init(problem, memory or Full(), launcher, generator)
+    state = solver.init(problem, memory or Full(), launcher, generator)
+    launcher.prime(problem, state.variables["x"], state.copies)
+    return state
 
 
 def minimize(

@@ -41,6 +41,11 @@ class State:
     counts: dict[str, int] = field(default_factory=dict)
     vectors: dict[str, list[Tensor]] = field(default_factory=dict)
 
+    @property
+    def copies(self) -> list[Variable]:
+        """y and its twins, the original first."""
+        return [v for name, v in self.variables.items() if name != "x"]
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "variables": {k: v.state_dict() for k, v in self.variables.items()},
@@ -55,7 +60,7 @@ class State:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.memory.load_state_dict(saved["memory"])
+        self.memory.load_state_dict(saved["memory"], self.copies)
         for name, variable in self.variables.items():
             variable.load_state_dict(saved["variables"][name])
         for name, stream in self.streams.items():
@@ -64,7 +69,15 @@ class State:
         self.upper, self.lower = saved["upper"], saved["lower"]
         self.numbers = dict(saved["numbers"])
         self.counts = dict(saved["counts"])
-        self.vectors = {k: list(v) for k, v in saved["vectors"].items()}
+        self.vectors = {
+            k: [self._placed(("vectors", k, i), t) for i, t in enumerate(v)]
+            for k, v in saved["vectors"].items()
+        }
+
+    def _placed(self, keys: Sequence[Any], tensor: Tensor) -> Tensor:
+        """A tensor of a saved state on the device of the leaf that it belongs to."""
+        near = self.like(keys, tensor.shape)
+        return tensor if near is None else tensor.to(near.device)
 
     def like(self, keys: Sequence[Any], shape: Sequence[int]) -> Tensor | None:
         """The leaf that a tensor of a saved state is cut up as, by the keys that lead to it."""

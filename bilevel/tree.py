@@ -78,16 +78,27 @@ def with_leaves(
     return function(pytree.tree_unflatten(tensors, shape), *rest)
 
 
-def clone(value: Value) -> Value:
-    """An independent copy of a value; for a tree, detached leaves that require gradients."""
+def clone(value: Value, shared: Sequence[str] = ()) -> Value:
+    """A copy of a value; for a tree, detached leaves that require gradients.
+
+    Args:
+        value: The tree or module.
+        shared: Paths of submodules that the copy uses too; all else is independent.
+    """
     if isinstance(value, nn.Module):
-        return _clone_module(value)
+        return _clone_module(value, shared)
     return map_leaves(lambda t: t.detach().clone().requires_grad_(), value)
 
 
-def twin(value: Value, name: str) -> Value:
-    """A copy that moves by itself: the part of that name, where the value is part of a whole."""
-    return value.twin(name) if isinstance(value, Part) else clone(value)
+def twin(value: Value, name: str, shared: Sequence[str] = ()) -> Value:
+    """A copy that moves by itself: the part of that name, where the value is part of a whole.
+
+    Args:
+        value: The tree, module or part.
+        name: Of the part.
+        shared: As in `clone`.
+    """
+    return value.twin(name) if isinstance(value, Part) else clone(value, shared)
 
 
 def dtypes(value: Value) -> set[torch.dtype]:
@@ -219,10 +230,13 @@ def _wide(t: Tensor) -> Tensor:
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
-def _clone_module(module: nn.Module) -> nn.Module:
+def _clone_module(module: nn.Module, shared: Sequence[str]) -> nn.Module:
     from copy import deepcopy
 
-    twin = deepcopy(module)
+    memo: dict[int, Any] = {id(part): part for part in map(module.get_submodule, shared)}
+    kept = {id(p) for part in memo.values() for p in part.parameters()}
+    twin = deepcopy(module, memo)
     for parameter in twin.parameters():
-        parameter.grad = None
+        if id(parameter) not in kept:
+            parameter.grad = None
     return twin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.errors import InputError
-from bilevel.tree import Value, leaves, named_leaves, size_bytes
+from bilevel.tree import Value, clone, leaves, named_leaves, size_bytes
 from bilevel.votes import PairwiseVotes
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -73,6 +73,10 @@ class Variable:
         self.project = project
         self.blueprint: Any = None
         """What a launcher keeps to make twins of a value that cannot be copied as it is."""
+        self.borrowed: set[str] = set()
+        """Paths of the submodules that are the original's too, until `fork`."""
+        self.copier: Callable[[str], nn.Module] = self._copy
+        """Makes a submodule at a path anew, equal to what is there."""
         self.holder: Holder | None = None
         """The engine of a launcher that has the leaves' numbers in its own hands."""
         self._leaves = leaves(value)
@@ -95,6 +99,26 @@ class Variable:
         """Forget the gathered gradient."""
         for leaf in self._leaves:
             leaf.grad = None
+
+    def fork(self, paths: Sequence[str]) -> None:
+        """Give this variable submodules of its own where it uses those of its original.
+
+        Args:
+            paths: As in `borrowed`; others are left as they are.
+        """
+        for path in self.borrowed.intersection(paths):
+            self.value.set_submodule(path, self.copier(path))
+            self.borrowed.discard(path)
+        self._leaves = leaves(self.value)
+        (group,) = self.optimizer.param_groups
+        group["params"] = self._leaves
+
+    def _copy(self, path: str) -> nn.Module:
+        return clone(self.value.get_submodule(path))
+
+    def _owns(self, name: str) -> bool:
+        """Whether the leaf of that name is this variable's alone."""
+        return not any(name.startswith(f"{path}.") for path in self.borrowed)
 
     def gather(self, gradient: list[Tensor]) -> None:
         """Add a gradient that was computed elsewhere, one tensor for each leaf."""
@@ -149,7 +173,7 @@ class Variable:
             return self.holder.tensors()
         states = [t for s in self.optimizer.state.values() for t in s.values()]
         return {
-            "value": self._leaves,
+            "value": [p for name, p in named_leaves(self.value).items() if self._owns(name)],
             "gradient": [p.grad for p in self._leaves if p.grad is not None],
             "optimizer": [t for t in states if torch.is_tensor(t)],
         }
@@ -161,13 +185,14 @@ class Variable:
     def state_dict(self) -> dict[str, Any]:
         if self.holder:
             return self.holder.state_dict()
+        own = {k: v.detach() for k, v in named_leaves(self.value).items() if self._owns(k)}
         return {
-            "value": {k: v.detach() for k, v in named_leaves(self.value).items()},
+            "value": own,
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        own = named_leaves(self.value)
+        own = {k: v for k, v in named_leaves(self.value).items() if self._owns(k)}
         if own.keys() != state["value"].keys():
             raise InputError(
                 f"the saved value of {self.name} has other parts: expected {sorted(own)[:5]}, "

@@ -138,6 +138,7 @@ class DeepSpeed(Launcher):
         value: Value,
         optimizer: OptimizerFactory,
         project: Callable[[Value], Value] | None = None,
+        shared: Sequence[str] = (),  # what LISA shares, which is refused here
     ) -> Variable:
         processes.same(f"the start of {name}", digest(value))
         if name == "x":  # small, and the same on every process
@@ -149,7 +150,13 @@ class DeepSpeed(Launcher):
             )
         return self._held(name, value, optimizer, project)
 
-    def twin(self, original: Variable, name: str, optimizer: OptimizerFactory) -> Variable:
+    def twin(
+        self,
+        original: Variable,
+        name: str,
+        optimizer: OptimizerFactory,
+        shared: Sequence[str] = (),
+    ) -> Variable:
         whole = whole_parameters(original.value).values()
         empty = original.blueprint
         memo: dict[int, Any] = {

@@ -6,7 +6,8 @@ import torch
 import bilevel
 from bilevel.blocks import parameter_groups
 from bilevel.memory import LISA
-from bilevel.solvers.penalty import scalebio
+from bilevel.solve import start
+from bilevel.solvers.penalty import Penalty, scalebio
 
 
 def tiny(kind="llama", tied=False):
@@ -129,3 +130,70 @@ def test_wrong_options():
     assert len(error.value.faults) == 2
     with pytest.raises(bilevel.InputError, match="at most the number of blocks, 4, got 9"):
         bilevel.solve(Tokens(), "scalebio", steps=1, memory=LISA(gamma=9))
+
+
+def held(variable):
+    """Entries of the leaves that no other variable uses."""
+    return variable.memory()["value"] // 4
+
+
+@pytest.mark.parametrize("solver", ["scalebio", "penalty"])
+def test_shared_blocks_change_no_number(solver):
+    options = {"lower_lr": 1e-2, "warmup": 2} | ({"growth": 1.1} if solver == "penalty" else {})
+    make = {"scalebio": scalebio, "penalty": Penalty}[solver]
+    runs = [
+        bilevel.solve(Tokens(), make(**options), steps=8, memory=LISA(gamma=1, period=2, share=s))
+        for s in (True, False)
+    ]
+    assert runs[0].history == runs[1].history
+    for a, b in zip(runs[0].y.parameters(), runs[1].y.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_twin_holds_only_what_was_drawn():
+    sizes = []
+
+    def see(state, record):
+        y, z = state.copies
+        groups = parameter_groups(y.value)
+        leaves = dict(y.value.named_parameters())
+        ends = [n for part in ("embedding", "head", "norms") for n in groups[part]]
+        own = [*ends, *(n for i in state.memory.drawn for n in groups["blocks"][i])]
+        assert held(z) == sum(leaves[n].numel() for n in own)
+        assert held(y) == sum(p.numel() for p in leaves.values())
+        shared = {id(p) for p in y.value.parameters()} & {id(p) for p in z.value.parameters()}
+        assert len(shared) == len(leaves) - len(own)
+        sizes.append(len(state.memory.drawn))
+
+    memory = LISA(gamma=1, period=2, pool=2)
+    bilevel.solve(Tokens(), scalebio(), steps=12, memory=memory, callbacks=[see])
+    assert sizes[0] == 1
+    assert sizes[-1] == 2  # of four blocks no more are ever drawn than are in the pool
+
+
+def test_a_run_with_shared_blocks_goes_on_bit_for_bit(tmp_path):
+    options = {"memory": LISA(gamma=1, period=2), "checkpoint_every": 3}
+    whole = bilevel.solve(Tokens(), scalebio(warmup=1), steps=9, **options)
+    for steps in (3, 9):
+        found = bilevel.solve(
+            Tokens(), scalebio(warmup=1), steps=steps, checkpoints=tmp_path, resume=True, **options
+        )
+    assert found.history == whole.history
+    for a, b in zip(found.y.parameters(), whole.y.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_constrained_lower_level_shares_nothing():
+    class Bounded(Tokens):
+        def project_lower(self, y):
+            return y
+
+    state = start(Bounded(), scalebio(), memory=LISA(gamma=1))
+    assert held(state.copies[1]) == held(state.copies[0])
+
+
+def test_a_pool_smaller_than_a_draw_is_refused():
+    with pytest.raises(bilevel.InputError, match=r"memory\.pool must be 0 or at least"):
+        LISA(gamma=3, pool=2)
+    with pytest.raises(bilevel.InputError, match=r"memory\.pool must be at most the number of"):
+        start(Tokens(), scalebio(), memory=LISA(pool=9))

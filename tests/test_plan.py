@@ -309,13 +309,19 @@ def test_launchers_share_out_what_they_share_out():
     solver = scalebio()
     does = work(solver, torch.bfloat16)
     of = shapes.shape("yi-34b")
-    made = {kind: footprint.choices(problem, does, LISA(), kind(), 8, of) for kind in (FSDP2, DDP)}
+    held = {"reduces": False}
+    made = {
+        kind: footprint.choices(problem, does, LISA(), kind(**held), 8, of) for kind in (FSDP2, DDP)
+    }
     assert made[FSDP2].weight_shards == made[FSDP2].state_shards == 8
     assert made[DDP].weight_shards == made[DDP].gradient_shards == 1
     for kind in made:  # summed over two passes before they are shared, in float32
         late = footprint.moments(of, made[kind], footprint._rows(problem, 8))["at the lowest block"]
         first = made[kind].trained(of) * 2 / made[kind].gradient_shards
         assert late["gradients"] == first + made[kind].trained(of) * 4
+    cut = footprint.choices(problem, does, LISA(), FSDP2(), 8, of)
+    late = footprint.moments(of, cut, footprint._rows(problem, 8))["at the lowest block"]
+    assert late["gradients"] == 2 * cut.trained(of) * 2 / 8
     passes = footprint._rows(problem, 8)
     assert (passes.rows, passes.lower, passes.upper) == (3, 1, 1)
     traffic = footprint._traffic(of, made[FSDP2], passes, does)
@@ -432,7 +438,7 @@ def test_unknown_strategies_and_launchers_are_refused():
 
     problem, does = LLMReweight(), work(scalebio())
     with pytest.raises(InputError) as error:
-        footprint.footprint(problem, does, Sparse(), Cloud(), 1)
+        footprint.footprint(problem, does, Sparse(), Cloud(), 1, 1)
     assert error.value.faults == (
         "memory=sparse cannot be planned yet.",
         "launcher=cloud cannot be planned yet.",

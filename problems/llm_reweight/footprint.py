@@ -46,6 +46,8 @@ class Choices:
     """Blocks that train at a time in one copy."""
     ends: tuple[str, ...] = ("embedding", "head", "norms")
     """Parts outside the blocks that train."""
+    drawn: int | None = None
+    """Blocks of which every twin has its own on one shared base; None: what trains now alone."""
     rank: int = 0
     """Of adapters on every matrix of the blocks; 0 has none."""
     adapter: float = 4.0
@@ -84,6 +86,12 @@ class Choices:
         if self.rank:
             return of.adapters(self.rank)
         return self.blocks * of.block + sum(getattr(of, part) for part in self.ends)
+
+    def forked(self, of: Shape) -> int:
+        """Numbers of which every twin has its own on one shared base."""
+        if self.drawn is None:
+            return self.trained(of)
+        return of.total - (of.blocks - self.drawn) * of.block
 
     def unit(self, of: Shape) -> int:
         """Numbers of the largest part whose gradients exist at once in any case."""
@@ -138,9 +146,14 @@ def shared(
 
 
 def footprint(
-    problem: LLMReweight, work: Work, memory: Memory, launcher: Launcher, devices: int
+    problem: LLMReweight,
+    work: Work,
+    memory: Memory,
+    launcher: Launcher,
+    devices: int,
+    steps: int,
 ) -> Footprint:
-    """What one upper step needs, by arithmetic on shapes; no weight and no data is read.
+    """What the last of so many upper steps needs, by arithmetic; no weight and no data is read.
 
     Raises:
         InputError: With every option that cannot be planned.
@@ -156,7 +169,7 @@ def footprint(
         except InputError as error:
             faults += error.faults
     try:
-        made = choices(problem, work, memory, launcher, devices, of)
+        made = choices(problem, work, memory, launcher, devices, of, steps)
     except InputError as error:
         faults += error.faults
     if of and problem.max_length > of.positions:
@@ -193,8 +206,9 @@ def choices(
     launcher: Launcher,
     devices: int,
     of: Shape | None = None,
+    steps: int = 1,
 ) -> Choices:
-    """The choices that options make.
+    """The choices that options make, after so many upper steps.
 
     Raises:
         InputError: For every strategy or launcher whose needs are not known here.
@@ -227,7 +241,9 @@ def choices(
                 f"memory.gamma must be at most the number of blocks, {blocks}, got {memory.gamma}."
             )
         ends = tuple(n for n in ("embedding", "head", "norms") if getattr(memory, n))
+        drawn = min(memory.pool or blocks, memory.gamma * ceil(steps / memory.period))
         base |= {"blocks": memory.gamma, "ends": ends}
+        base |= {"bases": 1, "drawn": drawn} if memory.share else {}
     elif kind is LoRA and isinstance(memory, LoRA):
         if memory.targets:
             faults.append("memory.targets cannot be planned yet; leave it out for all matrices.")
@@ -244,9 +260,10 @@ def choices(
         case "FSDP2":
             shards = dict.fromkeys(("weight_shards", "gradient_shards", "state_shards"), devices)
             apart = not of.tied if of else True
-            base |= shards | {"gathers": True, "ends_apart": apart, "deferred": True}
+            base |= shards | {"gathers": True, "ends_apart": apart}
+            base |= {"deferred": not getattr(launcher, "reduces", False)}
         case "DDP":
-            base |= {"deferred": True}
+            base |= {"deferred": not getattr(launcher, "reduces", False)}
         case name:
             faults.append(f"launcher={name.lower()} cannot be planned yet.")
     if faults:
@@ -270,9 +287,9 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
         "master copies and optimizer": states + made.learners * kept / made.state_shards,
         "context and slack": SLACK,
     }
-    fixed["weights"] += (made.bases == 1 < made.resident and not made.rank) * (
-        (made.resident - 1) * trained * made.weight / made.weight_shards
-    )
+    if made.bases == 1 < made.resident and not made.rank:
+        forked = (made.resident - 1) * made.forked(of)
+        fixed["weights"] += forked * made.weight / made.weight_shards
     several = passes.lower > 1
     one = trained * made.gradient / made.gradient_shards
     own = trained * WIDE if made.deferred and (several or passes.upper) else one
@@ -447,6 +464,7 @@ def _disk(of: Shape, made: Choices) -> dict[str, float]:
     else:
         one = made.bases * of.total * made.weight + made.learners * of.total * made.kept
         one += made.learners * trained * made.held
+        one += (made.bases == 1) * (made.learners - 1) * made.forked(of) * made.weight
     return {f"checkpoints, {KEPT} at a time": KEPT * one}
 
 
@@ -482,4 +500,5 @@ def _remedies(problem: LLMReweight, passes: Passes) -> tuple[tuple[str, ...], ..
         found.append((f"problem.micro_batch={rows}",))
     found += [("problem.checkpointing=true",), ("problem.dtype=bfloat16",)]
     found += [("memory=lisa", f"memory.gamma={gamma}") for gamma in (2, 1)]
+    found.append(("memory=lisa", "memory.gamma=1", "memory.pool=8"))
     return (*found, ("memory=lora",))

@@ -304,10 +304,12 @@ class LLMReweight(Problem):
 
         return footprint.shared(self, devices, given)
 
-    def footprint(self, work: Work, memory: Memory, launcher: Launcher, devices: int) -> Footprint:
+    def footprint(
+        self, work: Work, memory: Memory, launcher: Launcher, devices: int, steps: int
+    ) -> Footprint:
         from bilevel.problems.llm_reweight import footprint
 
-        return footprint.footprint(self, work, memory, launcher, devices)
+        return footprint.footprint(self, work, memory, launcher, devices, steps)
 
     def measured(self, solver: Solver, memory: Memory) -> tuple[float, float]:
         from bilevel.problems.llm_reweight import rehearsal
