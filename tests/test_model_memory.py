@@ -283,6 +283,17 @@ def test_attention_that_a_model_has_not_is_refused():
         place(Odd(1, 1), Placement(attention="eager"))
 
 
+def test_positions_are_not_rounded_with_the_weights():
+    """Two models of one function: the rotary frequencies are no parameters, and stay as they are."""
+    wide = tiny_model(64, layers=2, width=64, seed=0)
+    low = tiny_model(64, layers=2, width=64, seed=0, placement=Placement(dtype=torch.bfloat16))
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    buffers = dict(wide.named_buffers())
+    assert buffers
+    for name, b in low.named_buffers():
+        assert torch.equal(b, buffers[name]) and b.dtype == buffers[name].dtype
+
+
 def test_bfloat16_gives_float32_losses_near_those_of_float32():
     exact = tiny_model(97, layers=2, width=32, seed=0)
     half = tiny_model(97, layers=2, width=32, seed=0, placement=Placement(dtype=torch.bfloat16))
