@@ -284,7 +284,7 @@ def test_attention_that_a_model_has_not_is_refused():
 
 
 def test_positions_are_not_rounded_with_the_weights():
-    """Two models of one function: the rotary frequencies are no parameters, and stay as they are."""
+    """The rotary frequencies are no parameters: rounded, they would turn far tokens elsewhere."""
     wide = tiny_model(64, layers=2, width=64, seed=0)
     low = tiny_model(64, layers=2, width=64, seed=0, placement=Placement(dtype=torch.bfloat16))
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
