@@ -11,8 +11,10 @@ from functools import cached_property
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
+from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bilevel import processes, zero_config
@@ -109,8 +111,8 @@ class DeepSpeed(Launcher):
             raise InputError(faults)
         processes.connect(timeout=self.timeout)
         os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed wants without a starter too
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         deepspeed = _package()
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of optimizers of torch
         builder = deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder")
         if builder is not None:  # on CPUs: compiled for a minute, to add up small tensors faster
             deepspeed.ops.__compatible_ops__[builder.NAME] = False
@@ -128,8 +130,11 @@ class DeepSpeed(Launcher):
             )
 
     def close(self) -> None:
-        while self._engines:
-            self._engines.pop().close()
+        for engine in list(self._engines):
+            engine.close()
+        self._engines.clear()
+        if dist.is_initialized() and _package().comm.is_initialized():
+            _package().comm.destroy_process_group()  # which forgets groups that it keeps, too
         processes.disconnect()
 
     def variable(
@@ -145,7 +150,7 @@ class DeepSpeed(Launcher):
             return Variable(name, value, optimizer, project)
         if not isinstance(value, nn.Module) or isinstance(value, Part):
             raise InputError(
-                f"launcher=deepspeed needs a lower variable that is an nn.Module of its own, got "
+                "launcher=deepspeed needs a lower variable that is an nn.Module of its own, got "
                 f"{type(value).__name__}; use launcher=ddp or fsdp2."
             )
         return self._held(name, value, optimizer, project)
@@ -239,13 +244,13 @@ class DeepSpeed(Launcher):
         variable = Variable(name, module, optimizer, project)
         variable.blueprint = empty
         variable.holder = _Held(variable, settled, self._called)
-        self._engines.append(variable.holder)
+        self._engines.add(variable.holder)
         return variable
 
     @cached_property
-    def _engines(self) -> list[_Held]:
-        """The engines of the run that this launcher is in."""
-        return []
+    def _engines(self) -> WeakSet[_Held]:
+        """The engines that this launcher has made, while anyone holds them."""
+        return WeakSet()
 
     @cached_property
     def _called(self) -> list[_Held]:

@@ -137,12 +137,25 @@ def test_a_process_holds_its_share(folder, single):
 
 
 def test_one_process_under_an_engine_is_one_process():
-    launcher = DeepSpeed(stage=3)
+    expected = branches(Single())[1]
+    for stage in (2, 3):  # and a process may join, leave and join again
+        launcher = DeepSpeed(stage=stage)
+        try:
+            _, found = branches(launcher)
+        finally:
+            launcher.close()
+        close(found, expected, tolerance=1e-6)
+
+
+def test_processes_that_count_differently_are_refused(monkeypatch):
+    launcher = DeepSpeed()
+    launcher.open()
+    monkeypatch.setenv("WORLD_SIZE", "2")
     try:
-        _, found = branches(launcher)
+        with pytest.raises(InputError, match=r"not clear: 2 \(WORLD_SIZE\), 1 \(torch.distributed"):
+            launcher.open()
     finally:
         launcher.close()
-    close(found, branches(Single())[1], tolerance=1e-6)
 
 
 def test_what_cannot_run_is_told_together(data):
