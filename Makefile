@@ -32,6 +32,9 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/weights_quality.py
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(BIN)/python benchmarks/scale.py; \
+	else $(BIN)/python benchmarks/scale.py --device cpu --shapes tiny --results build; fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info

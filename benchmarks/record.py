@@ -33,17 +33,30 @@ def write(
     columns: Sequence[str],
 ) -> None:
     """Write results/`name`.json with all of it, .md with `columns` of the rows; print the table."""
+    print(save(name, title, notes, rows, columns))
+
+
+def save(
+    name: str,
+    title: str,
+    notes: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+    columns: Sequence[str],
+    *,
+    folder: Path = RESULTS,
+) -> str:
+    """Write `name`.json with all of it and .md with `columns` of the rows; returns the latter."""
     command = " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     body = {"command": command, "machine": machine(), "notes": list(notes), "rows": list(rows)}
-    (RESULTS / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n")
     lines = [f"# {title}", "", f"`{command}`; {machine()}.", "", *notes, ""]
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
     lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
     text = "\n".join(lines) + "\n"
-    (RESULTS / f"{name}.md").write_text(text)
-    print(text)
+    (folder / f"{name}.md").write_text(text)
+    return text
 
 
 def _cell(value: Any) -> str:
