@@ -1,4 +1,4 @@
-"""Steps on one GPU of random models with 0.5 to 34 billion parameters, against plan and plain steps.
+"""Steps of random models with 0.5 to 34 billion parameters on one GPU, against plan and plain ones.
 
 Run: python benchmarks/scale.py   (benchmarks/results/scale.json and .md, saved after every row)
 
