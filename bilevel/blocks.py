@@ -97,3 +97,9 @@ def units(module: nn.Module) -> list[nn.Module]:
         and part is not module
     ]
     return [*stack, *reversed(rest)]  # what lies inside another comes first
+
+
+def falls_apart(module: nn.Module) -> bool:
+    """Whether every parameter is in some unit, so that none is tied between two of them."""
+    inside = {id(p) for unit in units(module) for p in unit.parameters()}
+    return all(id(p) in inside for p in module.parameters())

@@ -36,9 +36,13 @@ def begin(
     x0, y0 = problem.init(generator)
     y0 = memory.prepare(y0, ("y", *twins))
     lower = memory.optimizer(lower, generator)
-    x = launcher.variable("x", x0, upper, problem.project_upper)
-    shared = () if constrained(problem, "lower") else memory.shared(y0)
-    y = launcher.variable("y", y0, lower, problem.project_lower, shared)
+    bounds = {
+        "x": problem.project_upper if constrained(problem, "upper") else None,
+        "y": problem.project_lower if constrained(problem, "lower") else None,
+    }
+    x = launcher.variable("x", x0, upper, bounds["x"])
+    shared = () if bounds["y"] else memory.shared(y0)
+    y = launcher.variable("y", y0, lower, bounds["y"], shared)
     copies = {name: launcher.twin(y, name, lower, shared) for name in twins}
     streams = problem.batches(generator)
     return State(

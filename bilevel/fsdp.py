@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import processes
-from bilevel.blocks import units
+from bilevel.blocks import falls_apart, units
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.memory import Memory
@@ -74,6 +74,7 @@ class _Engine(Launcher):
         if not isinstance(value, nn.Module) or isinstance(value, Part):
             return Variable(name, value, optimizer, project)
         empty, device = blueprint(value), next(value.parameters()).device.type
+        shared = shared if falls_apart(value) else ()  # a group of its own cannot hold tied parts
         variable = Variable(name, self._shard(value, device, shared), optimizer, project)
         variable.blueprint = empty
         return variable
@@ -89,6 +90,7 @@ class _Engine(Launcher):
             return Variable(name, twin(original.value, name), optimizer, original.project)
         device = leaves(original.value)[0].device.type
         module = deepcopy(original.blueprint)
+        shared = shared if falls_apart(module) else ()
         for path in shared:
             module.set_submodule(path, original.value.get_submodule(path))
         self._shard(module, device, shared)
@@ -291,8 +293,22 @@ def _check_options(launcher: _Engine) -> None:
 
 def _fill(module: nn.Module, source: nn.Module, wanted: Callable[[str], bool]) -> None:
     """Give a sharded module without content copies of the shards of another of its kind."""
-    held = {k: v.detach().clone() for k, v in source.state_dict().items() if wanted(k)}
+    first: dict[int, str] = {}
+    tied = {
+        name: first.setdefault(id(p), name)
+        for name, p in source.named_parameters(remove_duplicate=False)
+        if wanted(name)
+    }
+    held = {
+        k: v.detach().clone()
+        for k, v in source.state_dict().items()
+        if wanted(k) and tied.get(k, k) == k
+    }
     module.load_state_dict(held, assign=True, strict=False)
+    for name, other in tied.items():
+        if name != other:
+            path, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(path), attribute, module.get_parameter(other))
 
 
 def blueprint(module: nn.Module) -> nn.Module:

@@ -31,6 +31,7 @@ SOLVERS = {
     "vpbgd": VPBGD(inner_steps=2, rise=3),
     "recursive": RecursivePenalty(warmup=1),
     "tree": Penalty(inner_steps=3, warmup=1, upper_optimizer="sgd", upper_step="normalized"),
+    "tied": scalebio(warmup=1),
     "tree-joint": VPBGD(inner_steps=2, rise=3),
 }
 CASES = [
@@ -41,6 +42,7 @@ CASES = [
     ("fsdp2", "lora", "scalebio", 3),
     *(("fsdp2", "full", solver, 0) for solver in ("penalty", "vpbgd", "recursive")),
     *(("ddp", "full", solver, 0) for solver in ("tree", "tree-joint")),
+    *(("fsdp2", memory, "tied", 0) for memory in ("full", "lisa")),
 ]
 STEPS = 10
 
@@ -72,6 +74,46 @@ class Rows(Problem):
         return (x[batch].sigmoid() * self.residuals(y, batch).square()).sum() / 8
 
 
+class Tied(Problem):
+    """A small Llama in float64 whose embedding is its head."""
+
+    def init(self, generator):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+        shape |= {"vocab_size": 64, "num_attention_heads": 2}
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**shape, use_cache=False, tie_word_embeddings=True))
+        return torch.zeros(2, dtype=torch.float64), model.double()
+
+    def batches(self, generator):
+        return Always(torch.arange(4)), Always(torch.arange(4))
+
+    def share(self, batch, index, count):
+        return batch[index::count]
+
+    def check_share(self, count):
+        return []
+
+    def loss(self, y, rows, factor):
+        ids = ((torch.arange(24).view(1, 24) + 7 * rows[:, None]) * factor) % 64
+        logits = y(input_ids=ids[:, :-1]).logits.flatten(0, 1)
+        sums = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+        return sums / 92
+
+    def lower(self, x, y, batch):
+        return x.softmax(0) @ torch.stack([self.loss(y, batch, 3), self.loss(y, batch, 5)])
+
+    def upper(self, x, y, batch):
+        return self.loss(y, batch, 3)
+
+
+def problem_of(folder: Path, solver: str, micro_batch: int) -> Problem:
+    if solver.startswith("tree"):
+        return Rows()
+    return Tied() if solver == "tied" else llm(folder, micro_batch)
+
+
 @cache
 def llm(folder: Path, micro_batch: int = 0) -> LLMReweight:
     sources = tuple(str(folder / f"{name}.jsonl") for name in ("good", "fair", "bad"))
@@ -93,7 +135,7 @@ def run(
 ) -> dict[str, torch.Tensor]:
     """The weights, the whole of y, and the losses of one run."""
     result = solve(
-        Rows() if solver.startswith("tree") else llm(folder, micro_batch),
+        problem_of(folder, solver, micro_batch),
         SOLVERS[solver],
         steps=STEPS,
         memory=MEMORIES[memory],

@@ -260,6 +260,8 @@ def choices(
         case "FSDP2":
             shards = dict.fromkeys(("weight_shards", "gradient_shards", "state_shards"), devices)
             apart = not of.tied if of else True
+            if kind is LISA and not apart:  # then no blocks are shared
+                base |= {"bases": work.copies, "drawn": None}
             base |= shards | {"gathers": True, "ends_apart": apart}
             base |= {"deferred": not getattr(launcher, "reduces", False)}
         case "DDP":
