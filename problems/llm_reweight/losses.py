@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,14 +45,18 @@ def is_direct(model: nn.Module) -> bool:
     """Whether the logits of a model are what its head returns, so that it can work in chunks.
 
     Not so where they are capped or scaled afterwards, as in Gemma 2 or Cohere. Found by planting
-    values in the place of the head's, once for each model.
+    values in the place of the head's, once: the answer stays with the model and its copies. Where
+    several processes share a model they must ask before that, since it takes a pass.
     """
-    if model not in _DIRECT:
-        _DIRECT[model] = _probe(model)
-    return _DIRECT[model]
+    found = getattr(model, KNOWN, None)
+    if found is None:
+        found = _probe(model)
+        setattr(model, KNOWN, found)
+    return found
 
 
-_DIRECT: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+KNOWN = "logits_are_direct"
+"""The attribute of a model that holds the answer."""
 
 
 @torch.no_grad()

@@ -220,11 +220,13 @@ class LLMReweight(Problem):
         size = len(self.tokenizer)
         if self.model == "tiny":
             shape = {"layers": self.layers, "width": self.width}
-            return model_module.tiny_model(size, **shape, seed=seed, placement=self.placement)
+            model = model_module.tiny_model(size, **shape, seed=seed, placement=self.placement)
+            is_direct(model)  # asked now, before several processes share it
+            return model
         model = model_module.load_model(
             self.model, length=self.max_length, vocabulary=size, placement=self.placement
         )
-        if self.loss_chunk and not is_direct(model):
+        if not is_direct(model) and self.loss_chunk:
             raise InputError(
                 f"problem.loss_chunk={self.loss_chunk} cannot be used with problem.model="
                 f"{self.model}, which changes the logits after its head; leave it out."
