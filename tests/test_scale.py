@@ -1,6 +1,7 @@
 """The benchmark of large models, tried on a tiny one: the code that a GPU will run."""
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -60,6 +61,10 @@ def test_what_cannot_run_says_why(scale, tmp_path, monkeypatch):
 def test_a_row_that_takes_too_long_is_ended(scale):
     with pytest.raises(TimeoutError), scale.limited(0.05):
         time.sleep(10)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    with scale.limited(10):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_random_models_have_the_buffers_of_any_other(scale):
@@ -75,12 +80,13 @@ def test_random_models_have_the_buffers_of_any_other(scale):
         assert b.dtype == torch.float32 and torch.equal(b, expected[name])
 
 
+@pytest.mark.parametrize("memory", ["full", "lisa 1"])
 @pytest.mark.parametrize("plain", [True, False])
-def test_operations_are_those_of_steps_that_compute_nothing_twice(scale, plain, monkeypatch):
-    case = scale.Case(shape="tiny", memory="full", plain=plain)
-    monkeypatch.setattr(scale.Case, "problem", scale.SHAPES["tiny"])  # without checkpoints
-    stage = scale.Stage(losses=case.problem)
-    step = (scale.plain_step if plain else scale.bilevel_step)(stage, scale.MEMORIES["full"])
+def test_operations_are_those_of_steps_that_compute_nothing_twice(scale, plain, memory):
+    case = scale.Case(shape="tiny", memory=memory, plain=plain)
+    assert case.problem.checkpointing
+    stage = scale.Stage(losses=scale.SHAPES["tiny"])  # without checkpoints
+    step = (scale.plain_step if plain else scale.bilevel_step)(stage, scale.MEMORIES[memory])
     with FlopCounterMode(display=False) as counter:
         step()
     seen = 4 * 3.5 * 64 * 32 * 2  # of attention, whose CPU kernel is not counted, for each token
