@@ -1,5 +1,6 @@
 """One process of a run that tests/test_processes.py starts: every launcher with every memory."""
 
+import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -8,11 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 from bilevel import LISA, Always, Full, Launcher, LoRA, Problem, solve
+from bilevel.footprint import work
 from bilevel.fsdp import DDP, FSDP2
 from bilevel.lora import Adapter
-from bilevel.problems.llm_reweight import LLMReweight
+from bilevel.problems.llm_reweight import LLMReweight, footprint
+from bilevel.solve import start
 from bilevel.solvers.penalty import VPBGD, Penalty, RecursivePenalty, scalebio
-from bilevel.tree import Part, leaves, local, whole
+from bilevel.tree import Part, leaves, local, size_bytes, whole
 
 LAUNCHERS = {"fsdp2": FSDP2(), "ddp": DDP()}
 MEMORIES = {"full": Full(), "lisa": LISA(gamma=1, period=4), "lora": LoRA(rank=4)}
@@ -155,6 +158,28 @@ def run(
     }
 
 
+def held_and_planned(launcher: Launcher) -> dict[str, list[float]]:
+    """Bytes of weights, gradients and states of all copies in a process, and those of the plan."""
+    solver, found = SOLVERS["scalebio"], {}
+    size = {"layers": 3, "width": 32, "batch": 12, "target_batch": 8}
+    problem = LLMReweight(**size, dtype="bfloat16", verdict=False)  # its vocabulary is the planned
+    for name, memory in MEMORIES.items():
+        state = start(problem, solver, memory=memory, launcher=launcher)
+        for _ in range(3):
+            state = solver.step(problem, launcher, state)
+        y = state.copies[0].value
+        base = [p for p in leaves(y.whole if isinstance(y, Part) else y) if not p.requires_grad]
+        own = sum(sum(copy.memory().values()) for copy in state.copies)
+        own += size_bytes(base) if isinstance(y, Part) else 0
+        shape = footprint._shape(problem)
+        does = work(solver, problem.number(memory), memory)
+        made = footprint.choices(problem, does, memory, launcher, 2, shape, 3)
+        parts = footprint.moments(shape, made, footprint._rows(problem, 2))["at the head"]
+        plan = sum(parts[n] for n in ("weights", "adapters", "master copies and optimizer"))
+        found[name] = [own, plan]
+    return found
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     for case in CASES:
@@ -162,6 +187,9 @@ def main(folder: Path) -> None:
         found = run(folder, launcher, *case[1:])
         if launcher.is_main:
             save_file(found, folder / f"{'-'.join(map(str, case))}.safetensors")
+    bytes_ = held_and_planned(LAUNCHERS["fsdp2"])
+    if LAUNCHERS["fsdp2"].is_main:
+        (folder / "bytes.json").write_text(json.dumps(bytes_))
 
 
 if __name__ == "__main__":

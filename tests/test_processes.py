@@ -86,6 +86,11 @@ def test_an_adapter_is_gathered_when_it_is_saved(folder, single, launcher):
         torch.testing.assert_close(found[name], p, rtol=1e-5, atol=1e-5)
 
 
+def test_a_process_holds_what_was_planned(folder):
+    for memory, (held, planned) in json.loads((folder / "bytes.json").read_text()).items():
+        assert held == pytest.approx(planned, rel=0.02), memory
+
+
 @pytest.mark.parametrize("launcher", [FSDP2(), DDP()], ids=["fsdp2", "ddp"])
 def test_one_process_under_an_engine_is_one_process(folder, single, launcher):
     try:
