@@ -100,6 +100,6 @@ def units(module: nn.Module) -> list[nn.Module]:
 
 
 def falls_apart(module: nn.Module) -> bool:
-    """Whether every parameter is in some unit, so that none is tied between two of them."""
-    inside = {id(p) for unit in units(module) for p in unit.parameters()}
-    return all(id(p) in inside for p in module.parameters())
+    """Whether every parameter is in exactly one unit, so that none is tied between two of them."""
+    inside = [id(p) for unit in units(module) for p in unit.parameters()]
+    return len(inside) == len(set(inside)) and {id(p) for p in module.parameters()} == set(inside)

@@ -18,11 +18,15 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bilevel.errors import InputError
 from bilevel.tree import is_sharded, sharded_empty
 
 SCHEMA = "bilevel.checkpoint/1"
+
+DAMAGES = (OSError, ValueError, KeyError, TypeError, AssertionError, SafetensorError)
+"""What readers raise for files that are not what they were."""
 
 Like = Callable[[Sequence[Any], Sequence[int]], torch.Tensor | None]
 """From the keys that lead to a tensor of a state, and its shape, to a tensor that is cut up so."""
@@ -109,7 +113,7 @@ def load(
             raise ValueError(f"{', '.join(missing)} is missing or cut short")
         tensors = _load_tensors(path, body["state"], like)
         state = _decode(body["state"], tensors)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (*DAMAGES, CheckpointException) as error:
         raise InputError(f"the checkpoint {path} is damaged ({error}); {remedy}") from None
     if body.get("schema") != SCHEMA:
         raise InputError(f"{path} has schema {body.get('schema')!r}, expected {SCHEMA!r}.")

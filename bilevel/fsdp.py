@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import processes
-from bilevel.blocks import falls_apart, units
+from bilevel.blocks import units
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.memory import Memory
@@ -74,7 +74,6 @@ class _Engine(Launcher):
         if not isinstance(value, nn.Module) or isinstance(value, Part):
             return Variable(name, value, optimizer, project)
         empty, device = blueprint(value), next(value.parameters()).device.type
-        shared = shared if falls_apart(value) else ()  # a group of its own cannot hold tied parts
         variable = Variable(name, self._shard(value, device, shared), optimizer, project)
         variable.blueprint = empty
         return variable
@@ -90,7 +89,6 @@ class _Engine(Launcher):
             return Variable(name, twin(original.value, name), optimizer, original.project)
         device = leaves(original.value)[0].device.type
         module = deepcopy(original.blueprint)
-        shared = shared if falls_apart(module) else ()
         for path in shared:
             module.set_submodule(path, original.value.get_submodule(path))
         self._shard(module, device, shared)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bilevel.blocks import block_paths, parameter_groups
+from bilevel.blocks import block_paths, falls_apart, parameter_groups
 from bilevel.errors import InputError
 from bilevel.precision import Precision, with_precision
 from bilevel.tree import Value, named_leaves
@@ -120,7 +120,8 @@ class LISA(Memory):
     """Blocks that are ever drawn, chosen at the start; 0 takes all. Bounds memory with `share`, but
     is not the published sampling."""
     share: bool = True
-    """Whether all copies use one set of the blocks that have never been drawn."""
+    """Whether all copies use one set of the blocks that have never been drawn; not where parameters
+    are tied between parts of the model, such as embedding and head."""
     precision: Precision = "master"
     """How bfloat16 and float16 parameters step: with float32 masters of what trains, by stochastic
     rounding, or plain, which loses small steps. Float32 and float64 are not concerned."""
@@ -142,7 +143,8 @@ class LISA(Memory):
         return with_precision(factory, self.precision, generator)
 
     def shared(self, value: Value) -> Sequence[str]:
-        return block_paths(value) if self.share else ()
+        apart = self.share and isinstance(value, nn.Module) and falls_apart(value)
+        return block_paths(value) if apart else ()
 
     def init(self, value: Value, generator: torch.Generator) -> MemoryState:
         groups = parameter_groups(value)

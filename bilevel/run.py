@@ -76,6 +76,11 @@ def _main(arguments: list[str]) -> int:
 
 def _run(options: Options, words: list[str]) -> int:
     settings, launcher = options.settings, options.launcher
+    if launcher.world_size == 1 < processes.expected():
+        raise InputError(
+            f"launcher={options.names['launcher']} runs in one process, but {processes.expected()} "
+            "were started; use launcher=fsdp2 or launcher=ddp, or start without torchrun."
+        )
     out = Path(_on_main(launcher, lambda: str(_place(options))))
     if options.problem.probed and (faults := probe(options.problem, options.solver.order)):
         raise InputError(faults)
@@ -123,7 +128,9 @@ def _run(options: Options, words: list[str]) -> int:
             return 130
         step = _step(checkpoint.latest(out / "checkpoints"))
         same = [w for w in words if not w.removeprefix("--").startswith("out=")]
-        again = shlex.join(["python", "-m", "bilevel.run", *same, f"out={out}"])
+        count = launcher.world_size
+        starter = ["python"] if count == 1 else ["torchrun", f"--nproc-per-node={count}"]
+        again = shlex.join([*starter, "-m", "bilevel.run", *same, f"out={out}"])
         print(f"interrupted; saved at step {step}. Go on with:\n  {again}", file=sys.stderr)
         return 130
     print(f"written to {out}")

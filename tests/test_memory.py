@@ -197,3 +197,23 @@ def test_a_pool_smaller_than_a_draw_is_refused():
         LISA(gamma=3, pool=2)
     with pytest.raises(bilevel.InputError, match=r"memory\.pool must be at most the number of"):
         start(Tokens(), scalebio(), memory=LISA(pool=9))
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_tied_parts_are_not_shared_and_stay_tied(ends):
+    class Tied(Tokens):
+        def init(self, generator):
+            x, y = super().init(generator)
+            if ends:
+                y.lm_head.weight = y.model.embed_tokens.weight
+            else:
+                y.model.layers[2].mlp.up_proj.weight = y.model.layers[0].mlp.up_proj.weight
+            return x, y
+
+    state = start(Tied(), scalebio(), memory=LISA(gamma=1))
+    assert held(state.copies[1]) == held(state.copies[0])
+    runs = [
+        bilevel.solve(Tied(), scalebio(), steps=6, memory=LISA(gamma=1, period=2, share=share))
+        for share in (True, False)
+    ]
+    assert runs[0].history == runs[1].history

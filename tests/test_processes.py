@@ -14,11 +14,13 @@ import pytest
 import torch
 from processes_case import CASES, LAUNCHERS, STEPS, llm, run
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 import bilevel
-from bilevel import Single
+from bilevel import Single, checkpoint
 from bilevel.fsdp import DDP, FSDP2
 from bilevel.problems.quadratic import Quadratic
+from bilevel.run import main
 from bilevel.tree import leaves
 
 HERE = Path(__file__).parent
@@ -232,3 +234,22 @@ def test_a_wrong_start_is_told_once_and_ends_all(folder, tmp_path):
     done = torchrun(2, *words(folder, tmp_path / "full", "launcher=fsdp2"))
     assert done.returncode != 0
     assert done.stderr.count("already holds files") == 1
+
+
+def test_a_forgotten_launcher_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["problem=quadratic", f"out={tmp_path / 'out'}"]) == 2
+    assert "launcher=single runs in one process, but 2 were started" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [AssertionError("header"), CheckpointException("no", {})])
+def test_what_distributed_readers_raise_is_damage(monkeypatch, tmp_path, error):
+    path = checkpoint.save(tmp_path, {"step": 1}, fingerprint={})
+
+    def broken(*arguments):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "_load_tensors", broken)
+    with pytest.raises(bilevel.InputError, match="is damaged"):
+        checkpoint.load(path, fingerprint={})

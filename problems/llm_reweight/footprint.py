@@ -236,14 +236,15 @@ def choices(
     if kind is Full:
         base |= {"blocks": blocks}
     elif kind is LISA and isinstance(memory, LISA):
-        if memory.gamma > blocks:
+        if of and memory.gamma > blocks:
             faults.append(
                 f"memory.gamma must be at most the number of blocks, {blocks}, got {memory.gamma}."
             )
         ends = tuple(n for n in ("embedding", "head", "norms") if getattr(memory, n))
         drawn = min(memory.pool or blocks, memory.gamma * ceil(steps / memory.period))
         base |= {"blocks": memory.gamma, "ends": ends}
-        base |= {"bases": 1, "drawn": drawn} if memory.share else {}
+        tied = of is not None and of.tied  # then no blocks are shared
+        base |= {"bases": 1, "drawn": drawn} if memory.share and not tied else {}
     elif kind is LoRA and isinstance(memory, LoRA):
         if memory.targets:
             faults.append("memory.targets cannot be planned yet; leave it out for all matrices.")
@@ -260,8 +261,6 @@ def choices(
         case "FSDP2":
             shards = dict.fromkeys(("weight_shards", "gradient_shards", "state_shards"), devices)
             apart = not of.tied if of else True
-            if kind is LISA and not apart:  # then no blocks are shared
-                base |= {"bases": work.copies, "drawn": None}
             base |= shards | {"gathers": True, "ends_apart": apart}
             base |= {"deferred": not getattr(launcher, "reduces", False)}
         case "DDP":
