@@ -69,11 +69,11 @@ class _Engine(Launcher):
         own = value.whole if isinstance(value, Part) else value
         processes.same(f"the start of {name}", digest(own))
         if isinstance(value, Part):
-            device = next(value.whole.parameters()).device.type
+            device = _home(value.whole)
             self._shard(value.whole, device, ())  # with the parts of its twins
         if not isinstance(value, nn.Module) or isinstance(value, Part):
             return Variable(name, value, optimizer, project)
-        empty, device = blueprint(value), next(value.parameters()).device.type
+        empty, device = blueprint(value), _home(value)
         variable = Variable(name, self._shard(value, device, shared), optimizer, project)
         variable.blueprint = empty
         return variable
@@ -179,6 +179,8 @@ class _Engine(Launcher):
                 group.set_gradient_divide_factor(1.0)  # losses are shares of a sum
                 group.set_force_sum_reduction_for_comms(True)  # gloo has no other
                 self._sharded.add(group)
+        for buffer in module.buffers():
+            buffer.data = buffer.to(device)  # parameters the engine has moved
         return module
 
     @cached_property
@@ -287,6 +289,11 @@ def option_faults(processes: int, timeout: float) -> list[str]:
 def _check_options(launcher: _Engine) -> None:
     if faults := option_faults(launcher.processes, launcher.timeout):
         raise InputError(faults)
+
+
+def _home(module: nn.Module) -> str:
+    """Where a module shall compute: at its `home` if it has one, else where it is."""
+    return getattr(module, "home", None) or next(module.parameters()).device.type
 
 
 def _fill(module: nn.Module, source: nn.Module, wanted: Callable[[str], bool]) -> None:

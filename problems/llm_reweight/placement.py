@@ -23,6 +23,8 @@ class Placement:
     dtype: torch.dtype = torch.float32
     attention: Attention = "auto"
     checkpointing: bool = False
+    by_engine: bool = False
+    """Whether the model stays on the CPU, for an engine to move its shards to `device`."""
 
 
 def resolve(
@@ -62,7 +64,10 @@ def place(model: Any, placement: Placement) -> nn.Module:
     Raises:
         InputError: If its code cannot do that.
     """
-    model.to(placement.device)
+    if placement.by_engine:
+        model.home = placement.device
+    else:
+        model.to(placement.device)
     for p in model.parameters():
         p.data = p.data.to(placement.dtype)
     _set_attention(model, placement)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bilevel import InputError, Launcher, Memory, Problem, Solver, Stream
+from bilevel import InputError, Launcher, Memory, Problem, Solver, Stream, processes
 from bilevel.footprint import Footprint, Work
 from bilevel.problems.llm_reweight import data as data_module
 from bilevel.problems.llm_reweight import model as model_module
@@ -213,18 +213,24 @@ class LLMReweight(Problem):
     def init(self, generator: torch.Generator) -> tuple[Tensor, nn.Module]:
         seed = int(torch.randint(2**31, (), generator=generator))
         x = torch.zeros(len(self.names), dtype=torch.float64)
-        return x, self.fresh_model(seed)
+        return x, self.fresh_model(seed, by_engine=processes.expected() > 1)
 
-    def fresh_model(self, seed: int) -> nn.Module:
-        """A model as every run starts from it; the seed matters for `tiny` only."""
+    def fresh_model(self, seed: int, *, by_engine: bool = False) -> nn.Module:
+        """A model as every run starts from it; the seed matters for `tiny` only.
+
+        Args:
+            seed: Of random weights.
+            by_engine: Whether it stays on the CPU, for an engine to move its shards.
+        """
         size = len(self.tokenizer)
+        placement = replace(self.placement, by_engine=by_engine)
         if self.model == "tiny":
             shape = {"layers": self.layers, "width": self.width}
-            model = model_module.tiny_model(size, **shape, seed=seed, placement=self.placement)
+            model = model_module.tiny_model(size, **shape, seed=seed, placement=placement)
             is_direct(model)  # asked now, before several processes share it
             return model
         model = model_module.load_model(
-            self.model, length=self.max_length, vocabulary=size, placement=self.placement
+            self.model, length=self.max_length, vocabulary=size, placement=placement
         )
         if not is_direct(model) and self.loss_chunk:
             raise InputError(
