@@ -6,11 +6,14 @@ and any number of processes reads what it needs of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from bilevel import processes
 from bilevel.errors import InputError
 from bilevel.tree import is_sharded, sharded_empty
 
-SCHEMA = "bilevel.checkpoint/1"
+SCHEMA = "bilevel.checkpoint/2"
 
 DAMAGES = (OSError, ValueError, KeyError, TypeError, AssertionError, SafetensorError)
 """What readers raise for files that are not what they were."""
@@ -64,7 +68,7 @@ def save(
         save_file(tensors, partial / "tensors.safetensors")
     if not main:
         return final
-    files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+    files = _digests(sorted(partial.iterdir()))
     body = {"schema": SCHEMA, "fingerprint": fingerprint, "files": files, "state": tree}
     (partial / "state.json").write_text(json.dumps(body), encoding="utf-8")
     for name in (*files, "state.json"):
@@ -105,25 +109,19 @@ def load(
     Raises:
         InputError: If the checkpoint is damaged, or of another configuration; says which keys.
     """
-    remedy = "delete that folder to go on from the one before it, or use resume=never."
-    try:
+    with _told(path):
         body = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        missing = [n for n, size in body.get("files", {}).items() if _size(path / n) != size]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} is missing or cut short")
-        tensors = _load_tensors(path, body["state"], like)
-        state = _decode(body["state"], tensors)
-    except (*DAMAGES, CheckpointException) as error:
-        raise InputError(f"the checkpoint {path} is damaged ({error}); {remedy}") from None
-    if body.get("schema") != SCHEMA:
-        raise InputError(f"{path} has schema {body.get('schema')!r}, expected {SCHEMA!r}.")
-    other = differences(body["fingerprint"], fingerprint)
-    if other:
+        schema, saved, files = body["schema"], body["fingerprint"], body["files"]
+    if schema != SCHEMA:
+        raise InputError(f"{path} has schema {schema!r}, expected {SCHEMA!r}.")
+    if other := differences(saved, fingerprint):
         raise InputError(
             f"the checkpoint {path} belongs to another configuration ({'; '.join(other)}); "
             "use the saved settings or another folder."
         )
-    return state
+    with _told(path):
+        _verify(path, files)
+        return _decode(body["state"], _load_tensors(path, body["state"], like))
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -185,8 +183,44 @@ def _targets(tree: Any, like: Like, keys: tuple[Any, ...]) -> Iterator[tuple[str
             yield from _targets(item, like, (*keys, key))
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Within the block, what readers raise is told as damage of the checkpoint at `path`."""
+    try:
+        yield
+    except (*DAMAGES, CheckpointException) as error:
+        raise InputError(
+            f"the checkpoint {path} is damaged ({error}); delete that folder to go on from the one "
+            "before it, or use resume=never."
+        ) from None
+
+
+def _verify(folder: Path, files: dict[str, str]) -> None:
+    """Check the content of every file; each process reads a part of them.
+
+    Raises:
+        ValueError: On every process, if any file is not what was written.
+    """
+    together = dist.is_initialized()
+    rank, count = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    mine = sorted(files)[rank::count]
+    missing = [name for name in mine if not (folder / name).is_file()]
+    found = _digests([folder / name for name in mine if name not in missing])
+    wrong = missing + [name for name, digest in found.items() if digest != files[name]]
+    if wrong or (together and processes.total([len(wrong)])[0]):
+        names = ", ".join(wrong) or "a file that another process read"
+        raise ValueError(f"{names} is missing or not as it was written")
+
+
+def _digests(paths: Sequence[Path]) -> dict[str, str]:
+    """The SHA-256 of every file by name."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip([p.name for p in paths], pool.map(digest, paths), strict=True))
 
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

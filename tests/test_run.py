@@ -253,9 +253,18 @@ def test_damaged_checkpoints_are_refused(tmp_path, capsys):
     assert run("steps=5", f"out={out}") == 0
     newest = checkpoint.latest(out / "checkpoints")
     tensors = newest / "tensors.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-8])
+    good = tensors.read_bytes()
+    flipped = good[:-1] + bytes([good[-1] ^ 1])
+    for bad in (good[:-8], flipped, b""):
+        tensors.write_bytes(bad)
+        assert run("steps=9", f"out={out}") == 2
+        assert "tensors.safetensors is missing or not as it was written" in capsys.readouterr().err
+    tensors.unlink()
     assert run("steps=9", f"out={out}") == 2
-    assert "damaged" in capsys.readouterr().err
+    assert "tensors.safetensors is missing" in capsys.readouterr().err
+    (newest / "state.json").write_text("{}")
+    assert run("steps=9", f"out={out}") == 2
+    assert "is damaged ('schema')" in capsys.readouterr().err
     with pytest.raises(InputError):
         checkpoint.load(newest, fingerprint={})
 
