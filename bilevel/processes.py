@@ -21,13 +21,17 @@ class ProcessError(InputError):
 
 
 def expected() -> int:
-    """How many processes the starter (torchrun, accelerate launch) says there are; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes the starter (torchrun, accelerate launch) says there are; 1 without it.
+
+    Raises:
+        ProcessError: If what it says is no number.
+    """
+    return _told("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if dist.is_initialized() else _told("RANK", 0)
 
 
 def count() -> int:
@@ -48,7 +52,7 @@ def connect(*, timeout: float) -> None:
         return
     cuda = torch.cuda.is_available()
     if cuda:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = _told("LOCAL_RANK", 0)
         if local >= torch.cuda.device_count():
             raise ProcessError(
                 f"process {rank()} wants GPU {local}, but there are {torch.cuda.device_count()}; "
@@ -67,6 +71,17 @@ def connect(*, timeout: float) -> None:
             "(torchrun --master-port), and was every process started?"
         ) from None
     atexit.register(disconnect)  # a process that ends without it may abort
+
+
+def _told(name: str, default: int) -> int:
+    """A number that the starter leaves in the environment."""
+    word = os.environ.get(name, str(default))
+    if not word.isdecimal():
+        raise ProcessError(
+            f"the environment has {name}={word!r}, expected the number that torchrun or "
+            "accelerate launch sets; unset it to run one process."
+        )
+    return int(word)
 
 
 def _store() -> Any:

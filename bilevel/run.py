@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _quiet():
             return _main(arguments)
     except InputError as error:
-        if processes.rank() == 0 or isinstance(error, processes.ProcessError):
+        if isinstance(error, processes.ProcessError) or processes.rank() == 0:
             print("\n".join(f"error: {fault}" for fault in error.faults), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -243,6 +243,14 @@ def test_a_forgotten_launcher_is_refused(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("launcher", ["single", "ddp"])
+def test_a_damaged_environment_is_told(monkeypatch, tmp_path, capsys, launcher):
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    monkeypatch.setenv("RANK", "abc")
+    assert main(["problem=quadratic", f"launcher={launcher}", f"out={tmp_path / 'out'}"]) == 2
+    assert "the environment has WORLD_SIZE='abc'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error", [AssertionError("header"), CheckpointException("no", {})])
 def test_what_distributed_readers_raise_is_damage(monkeypatch, tmp_path, error):
     path = checkpoint.save(tmp_path, {"step": 1}, fingerprint={})
