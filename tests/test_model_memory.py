@@ -380,13 +380,13 @@ def test_half_precision_resumes_bit_for_bit(work, memory, precision):
     assert kept == (precision == "master")
 
 
-def test_the_verdict_trains_half_precision_as_it_trains_float32(work, monkeypatch):
-    monkeypatch.setattr(verdict, "LEARNING_RATE", 1e-4)  # of which bfloat16 alone loses most
+def test_the_verdict_trains_half_precision_as_it_trains_float32(work):
+    size = 1e-4  # of which bfloat16 alone loses most
     (work[0] / "near.txt").write_text("\n\n".join(f"sea {i} sea sea" for i in range(40)))
     files = {"sources": ("sea.txt", "law.txt"), "target": "near.txt"}
     falls = []
     for dtype in ("float32", "bfloat16"):
-        problem = LLMReweight(**files, dtype=dtype, batch=8, verdict_steps=30)
+        problem = LLMReweight(**files, dtype=dtype, batch=8, verdict_steps=30, verdict_lr=size)
         before = verdict.evaluate(problem.fresh_model(1000), problem.test_rows)
         after = verdict.train(problem, {"sea": 0.5, "law": 0.5}, seed=0)
         falls.append(before - after)

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bilevel.problems.llm_reweight import LLMReweight, verdict
+from bilevel.problems.llm_reweight import LLMReweight, training, verdict
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.integers(1, 40), st.integers(0, 99))
 def test_counts_are_within_one_of_the_shares(values, total, seed):
     shares = torch.tensor([v + 1e-3 for v in values], dtype=torch.float64)
-    counts = verdict._counts(shares, total, torch.Generator().manual_seed(seed))
+    counts = training.counts(shares, total, torch.Generator().manual_seed(seed))
     assert sum(counts) == total
     wanted = (shares / shares.sum() * total).tolist()
     assert all(abs(c - w) < 1 + 1e-9 for c, w in zip(counts, wanted, strict=True))
@@ -23,7 +23,7 @@ def test_counts_are_within_one_of_the_shares(values, total, seed):
 def test_counts_are_right_on_average():
     shares = torch.tensor([0.05, 0.25, 0.7], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    counts = torch.tensor([verdict._counts(shares, 6, generator) for _ in range(2000)])
+    counts = torch.tensor([training.counts(shares, 6, generator) for _ in range(2000)])
     assert torch.allclose(counts.double().mean(0), 6 * shares, atol=0.05)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -81,6 +82,8 @@ class LLMReweight(Problem):
     """Training steps of each fresh model."""
     verdict_seeds: int = 3
     """Paired seeds of the comparison."""
+    verdict_lr: float = 3e-3
+    """Step size of AdamW in these trainings; suits the tiny model, a pretrained one needs less."""
     data_seed: int = 0
     """Of the order of the rows."""
 
@@ -146,6 +149,8 @@ class LLMReweight(Problem):
             for name, bound in least.items()
             if getattr(self, name) < bound
         ]
+        if not 0 < self.verdict_lr < math.inf:
+            faults.append(f"problem.verdict_lr must be positive, got {self.verdict_lr}.")
         if self.width < 16 or self.width % 16:
             faults.append(f"problem.width must be a multiple of 16, got {self.width}.")
         return faults

@@ -5,17 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-import torch
-
-from bilevel import optimizer_by_name
-from bilevel.lora import Adapter
-from bilevel.precision import masters
-from bilevel.problems.llm_reweight.model import example_losses
 from bilevel.problems.llm_reweight.problem import LLMReweight
-from bilevel.problems.llm_reweight.tokens import Rows, collate
-
-LEARNING_RATE = 3e-3  # AdamW with cosine decay; trains the tiny model well, see docs/log.md
-TEST_ROWS = 256
+from bilevel.problems.llm_reweight.training import evaluate, fit
 
 
 def mixtures(problem: LLMReweight, weights: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -51,52 +42,8 @@ def compare(
 
 def train(problem: LLMReweight, mixture: dict[str, float], *, seed: int, like: Any = None) -> float:
     """The test loss of a fresh model trained on rows drawn by `mixture`, nats per token."""
-    model = problem.fresh_model(1000 + seed)
-    if isinstance(like, Adapter):
-        model = like.renewed(model, seed=seed)
-    rows = problem.rows
-    shares = torch.tensor([mixture[n] for n in problem.names], dtype=torch.float64)
-    adamw = optimizer_by_name("adamw", LEARNING_RATE, fused=True)
-    optimizer = masters(adamw)(list(model.parameters()))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, problem.verdict_steps)
-    drawn = [0] * len(rows)
-    orders = [_order(source, seed) for source in rows]
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(problem.verdict_steps):
-        picks = []
-        for k, count in enumerate(_counts(shares, problem.batch, generator)):
-            for _ in range(count):
-                picks.append((k, orders[k][drawn[k] % len(rows[k])]))
-                drawn[k] += 1
-        batch = collate(rows, picks, [1 / len(picks)] * len(picks))
-        problem.losses(model, batch).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    model = fit(problem, mixture, steps=problem.verdict_steps, seed=seed, like=like)
     return evaluate(model, problem.test_rows)
-
-
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, rows: Rows) -> float:
-    """Mean loss per example over evenly spaced rows."""
-    chosen = range(0, len(rows), max(1, len(rows) // TEST_ROWS))
-    picks = [(0, i) for i in chosen]
-    parts = [picks[i : i + 32] for i in range(0, len(picks), 32)]
-    losses = [example_losses(model, collate([rows], p, [1.0] * len(p))) for p in parts]
-    return float(torch.cat(losses).double().mean())
-
-
-def _counts(shares: torch.Tensor, total: int, generator: torch.Generator) -> list[int]:
-    """Systematic sampling: each count is within one of shares * total, and right on average."""
-    offset = torch.rand((), generator=generator, dtype=torch.float64)
-    edges = (shares.cumsum(0) / shares.sum() * total + offset).floor().long()
-    edges = torch.cat([torch.zeros(1, dtype=torch.long), edges])
-    edges[-1] = total
-    return edges.clamp(max=total).diff().tolist()
-
-
-def _order(rows: Rows, seed: int) -> list[int]:
-    return torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def _sentences(means: dict[str, float], gains: list[float], gap: float) -> list[str]:

@@ -1,0 +1,125 @@
+"""Fresh models trained on a mixture; for a seed every mixture has the same start and row orders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bilevel import optimizer_by_name
+from bilevel.lora import Adapter
+from bilevel.precision import masters
+from bilevel.problems.llm_reweight.model import example_losses
+from bilevel.problems.llm_reweight.problem import LLMReweight
+from bilevel.problems.llm_reweight.tokens import Batch, Rows, collate
+
+EVALUATED = 256  # rows, about; twice as many where there are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Where a training stands after a step, and the batch of that step."""
+
+    number: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batch: Batch
+
+
+def path(
+    problem: LLMReweight,
+    mixture: dict[str, float],
+    *,
+    steps: int,
+    seed: int,
+    like: Any = None,
+    model_seed: int | None = None,
+) -> Iterator[Step]:
+    """Train a fresh model on rows drawn by `mixture`: AdamW, its step size falling by a cosine.
+
+    Args:
+        problem: Whose sources, model, batch size and `verdict_lr` are used.
+        mixture: The share of each source, by name.
+        steps: Of the whole training.
+        seed: Of the rows that are drawn.
+        like: An adapter, where one of its kind trains on the model; else everything trains.
+        model_seed: Of random weights; 1000 + seed without it.
+    """
+    model = fresh(problem, 1000 + seed if model_seed is None else model_seed, like=like, seed=seed)
+    optimizer = adamw(problem, model)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rows = Drawn(problem.rows, [mixture[n] for n in problem.names], total=problem.batch, seed=seed)
+    for number in range(1, steps + 1):
+        batch = next(rows)
+        problem.losses(model, batch).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        yield Step(number=number, model=model, optimizer=optimizer, batch=batch)
+
+
+def fit(
+    problem: LLMReweight, mixture: dict[str, float], *, steps: int, seed: int, like: Any = None
+) -> nn.Module:
+    """The model at the end of `path`."""
+    *_, last = path(problem, mixture, steps=steps, seed=seed, like=like)
+    return last.model
+
+
+def fresh(problem: LLMReweight, model_seed: int, *, like: Any = None, seed: int = 0) -> nn.Module:
+    """A model as every training starts from it, or an adapter like `like` on such a model."""
+    model = problem.fresh_model(model_seed)
+    return like.renewed(model, seed=seed) if isinstance(like, Adapter) else model
+
+
+def adamw(problem: LLMReweight, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW on what trains, with float32 masters where the model is in half precision."""
+    make = optimizer_by_name("adamw", problem.verdict_lr, fused=True)
+    return masters(make)(list(model.parameters()))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, rows: Rows) -> float:
+    """Mean loss per example over evenly spaced rows, nats per token."""
+    chosen = range(0, len(rows), max(1, len(rows) // EVALUATED))
+    picks = [(0, i) for i in chosen]
+    parts = [picks[i : i + 32] for i in range(0, len(picks), 32)]
+    losses = [example_losses(model, collate([rows], p, [1.0] * len(p))) for p in parts]
+    return float(torch.cat(losses).double().mean())
+
+
+class Drawn:
+    """Batches of `total` rows drawn by the shares of the sources, each in its own random order."""
+
+    def __init__(
+        self, rows: Sequence[Rows], shares: Sequence[float], *, total: int, seed: int
+    ) -> None:
+        self.rows, self.total = rows, total
+        self.shares = torch.tensor(shares, dtype=torch.float64)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._drawn = [0] * len(rows)
+        self._orders = [_order(source, seed) for source in rows]
+
+    def __next__(self) -> Batch:
+        picks = []
+        for k, count in enumerate(counts(self.shares, self.total, self.generator)):
+            for _ in range(count):
+                picks.append((k, self._orders[k][self._drawn[k] % len(self.rows[k])]))
+                self._drawn[k] += 1
+        return collate(self.rows, picks, [1 / len(picks)] * len(picks))
+
+
+def counts(shares: torch.Tensor, total: int, generator: torch.Generator) -> list[int]:
+    """Systematic sampling: each count is within one of shares * total, and right on average."""
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    edges = (shares.cumsum(0) / shares.sum() * total + offset).floor().long()
+    edges = torch.cat([torch.zeros(1, dtype=torch.long), edges])
+    edges[-1] = total
+    return edges.clamp(max=total).diff().tolist()
+
+
+def _order(rows: Rows, seed: int) -> list[int]:
+    return torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
