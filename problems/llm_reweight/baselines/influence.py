@@ -1,0 +1,52 @@
+"""Influence: how well the mean gradient of each source points along that of the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bilevel.linear import norm
+from bilevel.problems.llm_reweight.baselines.lab import Lab
+from bilevel.problems.llm_reweight.baselines.method import Found, Method, normalized, require
+from bilevel.tree import dot
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence(Method):
+    """One training on the uniform mixture, then a gradient for each source and the target.
+
+        a_s = <grad l_s(y), grad l_target(y)>, over the two norms where `measure` is cosine
+        w_s ~ max(a_s, 0)^sharpness
+
+    A step along -grad l_s lowers l_target by a_s to first order. The inner product counts how large
+    the gradient of a source is too; so sources not yet learned, noise among them, weigh more.
+
+    Reference: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent
+    (TracIn), NeurIPS 2020, eq. 1, between means of sources. Deviations: one point, the end of the
+    warm-up; cosine; scores below zero give no weight, others a power of them.
+    """
+
+    measure: Literal["cosine", "inner"] = "cosine"
+    """What is compared: directions alone, or lengths too."""
+    sharpness: float = 1.0
+    """Power of the score; the larger, the more the best sources take."""
+    warmup: float = 0.75
+    """Share of the budget that the training takes, at most; the gradients have the rest."""
+
+    def __post_init__(self) -> None:
+        require(self, sharpness="positive", warmup="in (0, 1)")
+
+    def search(self, lab: Lab) -> Found:
+        problem = lab.problem
+        model = lab.train(lab.uniform, steps=lab.steps(self.warmup * lab.budget))
+        lengths = [*lab.lengths, sum(lab.lengths) / len(lab.lengths)]
+        count = max(1, int((1 - self.warmup) * lab.budget / sum(lengths)))
+        target = lab.gradient(model, problem.target_rows, count)
+        scores = []
+        for rows in problem.rows:
+            own = lab.gradient(model, rows, count)
+            lengths = norm(own) * norm(target) if self.measure == "cosine" else 1.0
+            scores.append(float(dot(own, target)) / max(lengths, 1e-300))
+        weights = normalized(lab.names, [max(a, 0.0) ** self.sharpness for a in scores])
+        shown = ", ".join(f"{n} {a:.3g}" for n, a in zip(lab.names, scores, strict=True))
+        return Found(weights=weights, note=f"{self.measure}: {shown}")
