@@ -25,10 +25,12 @@ from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.lora import Adapter
 from bilevel.options import CHOICES, KINDS, Options, help_text, parse
+from bilevel.piped import unbroken
 from bilevel.problem import Problem
 from bilevel.result import Result, Status
 from bilevel.solve import audited, solve, start
 from bilevel.solver import State
+from bilevel.tracking import Watch
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and what schedulers send before they take a machine away."""
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with _quiet():
+        with _quiet(), unbroken():
             return _main(arguments)
     except InputError as error:
         if isinstance(error, processes.ProcessError) or processes.rank() == 0:
@@ -93,14 +95,16 @@ def _run(options: Options, words: list[str]) -> int:
     if notes and launcher.is_main:
         print("\n".join(notes), flush=True)
     progress = _Progress(options.problem, settings.steps, _step(done), launcher.is_main)
+    saved = _saved(out) if launcher.is_main else {}
+    watch = Watch(out, done=_step(done), track=settings.track, options=saved)
     try:
         with _logged(out / "log.txt") if launcher.is_main else nullcontext():
-            with progress:
+            with watch if launcher.is_main else nullcontext(), progress:
                 result = solve(
                     options.problem,
                     options.solver,
                     steps=settings.steps,
-                    callbacks=[progress],
+                    callbacks=[watch, progress],
                     checkpoints=out / "checkpoints",
                     checkpoint_every=settings.checkpoint_every,
                     fingerprint=_fingerprint(options),
@@ -225,6 +229,11 @@ def _claim(out: Path, options: Options) -> Path:
     except (OSError, ValueError) as error:  # a ValueError for a name with a null byte
         raise InputError(f"out={out} cannot be written: {error}; choose another.") from None
     return out
+
+
+def _saved(out: Path) -> dict[str, Any]:
+    """The options that `_claim` wrote."""
+    return yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
 
 
 def _taken(out: Path) -> bool:

@@ -1,0 +1,49 @@
+"""Printing that outlives its reader: `... | head` ends the pipe, not the run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Within the block what is printed after the reader of a pipe has gone is lost, silently."""
+    with (
+        contextlib.redirect_stdout(_Stream(sys.stdout)),
+        contextlib.redirect_stderr(_Stream(sys.stderr)),
+    ):
+        yield
+
+
+class _Stream:
+    """A text stream that writes nowhere from the first broken pipe on."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def write(self, text: str) -> int:
+        try:
+            return self.inner.write(text)
+        except BrokenPipeError:
+            return self._ended(text)
+
+    def flush(self) -> None:
+        try:
+            self.inner.flush()
+        except BrokenPipeError:
+            self._ended("")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def _ended(self, text: str) -> int:
+        """Lead the descriptor elsewhere: Python flushes it once more when it exits."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.inner.fileno())
+        os.close(nowhere)
+        return len(text)
