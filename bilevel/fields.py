@@ -41,6 +41,8 @@ def read(hint: Any, value: Any) -> Any:
     (('a', 'b c'), ('a=b c',))
     >>> read(bool, "No"), read(float, "1e-3"), read(Literal["x", 1], "1")
     (False, 0.001, 1)
+    >>> read(tuple[Literal["x", "y"], ...], "x,y")
+    ('x', 'y')
     """
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
@@ -48,6 +50,8 @@ def read(hint: Any, value: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _first(inside, value)
     if origin in (tuple, list):
+        if isinstance(value, str) and typing.get_origin(inside[0]) is Literal:
+            value = value.replace(",", " ")  # names of our own hold no commas
         items = shlex.split(value) if isinstance(value, str) else value
         if isinstance(items, dict):
             items = [f"{name}={item}" for name, item in items.items()]
@@ -81,6 +85,8 @@ def describe(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(part) for part in inside if not inspect.isabstract(part))
     if origin in (tuple, list):
+        if typing.get_origin(inside[0]) is Literal:
+            return f"some of {', '.join(map(str, typing.get_args(inside[0])))}, with commas between"
         return "words separated by spaces, in quotes where a word holds spaces"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     words[types.NoneType] = "none"

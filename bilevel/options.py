@@ -23,6 +23,7 @@ from bilevel.lora import LoRA
 from bilevel.memory import LISA, Full, Memory
 from bilevel.problem import Problem
 from bilevel.solver import Solver
+from bilevel.tracking import Tracker, missing
 from bilevel.zero import DeepSpeed
 
 KINDS = {"problem": Problem, "solver": Solver, "memory": Memory, "launcher": Launcher}
@@ -49,6 +50,8 @@ class Settings:
     """Whether to go on from the newest checkpoint in `out`."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
+    track: tuple[Tracker, ...] = ()
+    """Trackers that get every step too, offline unless their own settings say otherwise."""
 
     def __post_init__(self) -> None:
         faults = [
@@ -58,6 +61,7 @@ class Settings:
         ]
         if not 0 <= self.seed < 2**63:
             faults.append(f"seed must be from 0 to 2**63 - 1, got seed={self.seed}.")
+        faults += missing(self.track)
         if faults:
             raise InputError(faults)
 
