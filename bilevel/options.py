@@ -44,6 +44,8 @@ class Settings:
     """Upper steps."""
     seed: int = 0
     """Of start values, batches and drawn blocks."""
+    seeds: int = 1
+    """How often to repeat the search, with seed, seed + 1, ..., for the spread of the answer."""
     out: str = ""
     """Folder to write into; runs/<time>-<problem> when empty."""
     resume: Literal["auto", "never"] = "auto"
@@ -56,11 +58,12 @@ class Settings:
     def __post_init__(self) -> None:
         faults = [
             f"{name} must be at least 1, got {name}={getattr(self, name)}."
-            for name in ("steps", "checkpoint_every")
+            for name in ("steps", "seeds", "checkpoint_every")
             if getattr(self, name) < 1
         ]
-        if not 0 <= self.seed < 2**63:
-            faults.append(f"seed must be from 0 to 2**63 - 1, got seed={self.seed}.")
+        if not 0 <= self.seed <= 2**63 - max(1, self.seeds):
+            more = f" and seeds={self.seeds}" if self.seeds > 1 else ""
+            faults.append(f"seed must be from 0 to 2**63 - 1, got seed={self.seed}{more}.")
         faults += missing(self.track)
         if faults:
             raise InputError(faults)

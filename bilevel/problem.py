@@ -165,8 +165,17 @@ class Problem(ABC):
         """A step's record in the few words of a progress line."""
         return f"upper {record['upper']:.4g}"
 
+    def interim(self, result: Any, out: Path) -> None:  # noqa: B027 - for problems with files
+        """Write what is known so far into `out`, after every checkpoint and where a run ends early.
+
+        `result` is as for `finish`, its status RUNNING in the first case.
+        """
+
     def finish(self, result: Any, out: Path) -> list[str]:
-        """Write files into the folder `out` after a run; returns the closing lines."""
+        """Write files into the folder `out` after a run; returns the closing lines.
+
+        `result.repeats` holds the results of all seeds where several were asked for.
+        """
         return [repr(result)]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -15,6 +16,7 @@ class Status(Enum):
     CONVERGED = "The upper step fell below the tolerance."
     STEPS = "The requested number of steps was done."
     STOPPED = "A callback stopped the run."
+    RUNNING = "The run goes on."
     NONFINITE = (
         "The step was not done, because its numbers are not finite. "
         "Lower the step sizes or the penalty, or mend the data."
@@ -37,7 +39,8 @@ class Result:
     `nit` counts upper steps, `counts` oracle calls by name, `history` one dict a step.
     `upper` and `lower` are the losses at the last step's own batch and iterate. `evidence` are the
     solver's last numbers (see `bilevel.evidence`), `warnings` what in them is too large for the
-    answer to mean much, with remedies.
+    answer to mean much, with remedies. `repeats` are the results of all seeds where several were
+    asked for, this one the last of them; the others have no y.
     """
 
     x: Value
@@ -51,6 +54,7 @@ class Result:
     history: list[dict[str, Any]] = field(default_factory=list)
     evidence: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    repeats: tuple[Result, ...] = ()
 
     @property
     def success(self) -> bool:
@@ -71,8 +75,19 @@ class Result:
         if self.evidence:
             numbers = ", ".join(f"{k} {v:.3g}" for k, v in self.evidence.items())
             lines.insert(7, f" evidence: {numbers}")
+        if self.repeats:
+            losses = " ".join(f"{result.upper:.6g}" for result in self.repeats)
+            lines.insert(5, f"   seeds: upper {losses}")
         lines += [f"  warning: {words}" for words in self.warnings]
         return "\n".join(lines)
+
+
+def together(results: Sequence[Result]) -> Result:
+    """The last of several results, with all of them as its repeats; one alone as it is."""
+    if len(results) == 1:
+        return results[0]
+    earlier = [replace(result, y=None) for result in results[:-1]]
+    return replace(results[-1], repeats=(*earlier, results[-1]))
 
 
 def _short(value: Value) -> str:

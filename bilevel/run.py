@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,10 +25,10 @@ from bilevel.check import probe
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.lora import Adapter
-from bilevel.options import CHOICES, KINDS, Options, help_text, parse
+from bilevel.options import CHOICES, KINDS, Options, Settings, help_text, parse
 from bilevel.piped import unbroken
 from bilevel.problem import Problem
-from bilevel.result import Result, Status
+from bilevel.result import Result, Status, together
 from bilevel.solve import audited, solve, start
 from bilevel.solver import State
 from bilevel.tracking import Watch
@@ -87,58 +88,113 @@ def _run(options: Options, words: list[str]) -> int:
     if options.problem.probed and (faults := probe(options.problem, options.solver.order)):
         raise InputError(faults)
     notes = options.problem.prepare() + options.solver.notes(options.problem)
-    parts = {"seed": settings.seed, "memory": options.memory, "launcher": launcher}
-    state = start(options.problem, options.solver, **parts)
+    state: State | None = start(
+        options.problem,
+        options.solver,
+        seed=settings.seed,
+        memory=options.memory,
+        launcher=launcher,
+    )
     out = Path(_on_main(launcher, lambda: str(_claim(out, options))))
-    done = checkpoint.latest(out / "checkpoints")
-    notes += [f"going on from {done}"] if done else []
     if notes and launcher.is_main:
         print("\n".join(notes), flush=True)
-    progress = _Progress(options.problem, settings.steps, _step(done), launcher.is_main)
-    saved = _saved(out) if launcher.is_main else {}
-    watch = Watch(out, done=_step(done), track=settings.track, options=saved)
+    results: list[Result] = []
+    folder = out
     try:
         with _logged(out / "log.txt") if launcher.is_main else nullcontext():
-            with watch if launcher.is_main else nullcontext(), progress:
-                result = solve(
-                    options.problem,
-                    options.solver,
-                    steps=settings.steps,
-                    callbacks=[watch, progress],
-                    checkpoints=out / "checkpoints",
-                    checkpoint_every=settings.checkpoint_every,
-                    fingerprint=_fingerprint(options),
-                    resume=True,
-                    state=state,
-                    **parts,
-                )
-            if result.success and isinstance(result.y, Adapter):
-                result.y.save_pretrained(out / "adapter", main=launcher.is_main)
+            for seed, folder in _folders(out, settings).items():
+                results = [replace(earlier, y=None) for earlier in results]  # makes room
+                own = replace(options, settings=replace(settings, seed=seed))
+                results.append(_search(own, folder, state, results, out))
+                state = None  # the next is made in its turn
+                if not results[-1].success:
+                    break
+            result = together(results)
             if not launcher.is_main:
                 return 0 if result.success else 1
-            _write_result(out, result)
-            if progress.interrupted or result.status is Status.STOPPED:
-                raise KeyboardInterrupt
+            if settings.seeds > 1:
+                _write_result(out, result)
             if not result.success:
-                kept = checkpoint.latest(out / "checkpoints")
+                options.problem.interim(result, out)
+                kept = checkpoint.latest(folder / "checkpoints")
                 print(f"failed: {result.message} Last finite checkpoint: {kept}", file=sys.stderr)
                 return 1
-            plain = type(options.problem).finish is Problem.finish
-            if plain and launcher.world_size == 1:
-                result = audited(options.problem, result)
             print("\n".join(options.problem.finish(result, out)))
     except KeyboardInterrupt:
         if not launcher.is_main:
             return 130
-        step = _step(checkpoint.latest(out / "checkpoints"))
+        step = _step(checkpoint.latest(folder / "checkpoints"))
+        place = f"step {step}" + (f" of {folder.name}" if folder != out else "")
         same = [w for w in words if not w.removeprefix("--").startswith("out=")]
         count = launcher.world_size
         starter = ["python"] if count == 1 else ["torchrun", f"--nproc-per-node={count}"]
         again = shlex.join([*starter, "-m", "bilevel.run", *same, f"out={out}"])
-        print(f"interrupted; saved at step {step}. Go on with:\n  {again}", file=sys.stderr)
+        print(f"interrupted; saved at {place}. Go on with:\n  {again}", file=sys.stderr)
         return 130
     print(f"written to {out}")
     return 0
+
+
+def _search(
+    options: Options, folder: Path, state: State | None, earlier: list[Result], out: Path
+) -> Result:
+    """One search with its own seed, checkpoints and files; `earlier` are those of seeds before.
+
+    Raises:
+        KeyboardInterrupt: If it was stopped; what it found is written.
+    """
+    problem, settings, launcher = options.problem, options.settings, options.launcher
+    done = checkpoint.latest(folder / "checkpoints")
+    if launcher.is_main:
+        folder.mkdir(exist_ok=True)
+        lines = [f"seed {settings.seed}"] if folder != out else []
+        lines += [f"going on from {done}"] if done else []
+        print("\n".join([*lines, ""]), end="", flush=True)
+    progress = _Progress(problem, settings.steps, _step(done), launcher.is_main)
+    written = _saved(out) if launcher.is_main else {}
+    watch = Watch(folder, done=_step(done), track=settings.track, options=written)
+
+    def saved(result: Result) -> None:
+        if launcher.is_main:
+            problem.interim(together([*earlier, result]), out)
+
+    with watch if launcher.is_main else nullcontext(), progress:
+        result = solve(
+            problem,
+            options.solver,
+            steps=settings.steps,
+            seed=settings.seed,
+            memory=options.memory,
+            launcher=launcher,
+            callbacks=[watch, progress],
+            checkpoints=folder / "checkpoints",
+            checkpoint_every=settings.checkpoint_every,
+            fingerprint=_fingerprint(options),
+            resume=True,
+            state=state,
+            on_save=saved,
+        )
+    if result.success and isinstance(result.y, Adapter):
+        result.y.save_pretrained(folder / "adapter", main=launcher.is_main)
+    stopped = result.status is Status.STOPPED
+    if launcher.is_main:
+        _write_result(folder, result)
+        if stopped:
+            problem.interim(together([*earlier, result]), out)
+    if stopped or (progress.interrupted and launcher.world_size == 1):
+        raise KeyboardInterrupt
+    plain = type(problem).finish is Problem.finish
+    if plain and launcher.world_size == 1 and result.success:
+        result = audited(problem, result)
+    return result
+
+
+def _folders(out: Path, settings: Settings) -> dict[int, Path]:
+    """The folder of each seed: that of the run for one alone."""
+    if settings.seeds == 1:
+        return {settings.seed: out}
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    return {seed: out / f"seed-{seed}" for seed in seeds}
 
 
 @contextmanager
@@ -251,7 +307,9 @@ def _fingerprint(options: Options) -> dict[str, Any]:
         part = getattr(options, kind)
         flat |= {f"{kind}.{f.name}": getattr(part, f.name) for f in dataclasses.fields(part)}
     flat |= {f"problem.{k}": v for k, v in options.problem.fingerprint().items()}
-    return json.loads(json.dumps(flat | {"seed": options.settings.seed}, default=str))
+    flat |= {"seed": options.settings.seed}
+    flat |= {"seeds": "several"} if options.settings.seeds > 1 else {}  # their number may change
+    return json.loads(json.dumps(flat, default=str))
 
 
 def _plain(value: Any) -> Any:
@@ -266,13 +324,21 @@ def _step(path: Path | None) -> int:
 
 
 def _write_result(out: Path, result: Result) -> None:
-    rows = "".join(json.dumps(row) + "\n" for row in result.history)
-    checkpoint.replace_text(out / "trajectory.jsonl", rows)
+    """The summary of one search, or of several, and the rows of one."""
+    body = _summary(result)
+    if result.repeats:
+        body["repeats"] = [_summary(repeat) for repeat in result.repeats]
+    else:
+        rows = "".join(json.dumps(row) + "\n" for row in result.history)
+        checkpoint.replace_text(out / "trajectory.jsonl", rows)
+    checkpoint.replace_text(out / "result.json", json.dumps(body, indent=1))
+
+
+def _summary(result: Result) -> dict[str, Any]:
     body = {"status": result.status.name, "message": result.message, "nit": result.nit}
     losses = {"upper": result.upper, "lower": result.lower}
     body |= {k: v if math.isfinite(v) else None for k, v in losses.items()}
-    body["counts"] = result.counts
-    checkpoint.replace_text(out / "result.json", json.dumps(body, indent=1))
+    return body | {"counts": result.counts}
 
 
 @contextmanager

@@ -47,6 +47,7 @@ def solve(
     fingerprint: dict[str, Any] | None = None,
     resume: bool = False,
     state: State | None = None,
+    on_save: Callable[[Result], None] | None = None,
 ) -> Result:
     """Run `solver` on `problem` for at most `steps` upper steps.
 
@@ -63,6 +64,7 @@ def solve(
         fingerprint: Settings that a checkpoint must share to be continued.
         resume: Continue from the newest checkpoint, if there is one; without it, one is a fault.
         state: What `start` returned for the same arguments; made here without it.
+        on_save: Called after every checkpoint but the first, with the result so far (RUNNING).
 
     Raises:
         InputError: As `start`, or if the checkpoint to continue from does not fit.
@@ -97,6 +99,8 @@ def solve(
         if folder is not None:
             body = {**state.state_dict(), "history": history}
             checkpoint.save(folder, body, fingerprint=marks, main=launcher.is_main)
+            if on_save is not None and history:
+                on_save(_result(state, history, Status.RUNNING))
 
     status, found = Status.STEPS, ""
     if folder is not None and newest is None:
@@ -131,19 +135,7 @@ def solve(
         if ended is not None:
             status = ended
             break
-    return Result(
-        x=_detached(state.variables["x"].value),
-        y=_detached(state.variables["y"].value),
-        status=status,
-        message=found + status.value,
-        nit=state.step,
-        upper=state.upper,
-        lower=state.lower,
-        counts=dict(state.counts),
-        history=history,
-        evidence=dict(state.numbers),
-        warnings=evidence.warnings(history) if status.success else [],
-    )
+    return _result(state, history, status, found)
 
 
 def start(
@@ -264,6 +256,22 @@ def audited(problem: Problem, result: Result) -> Result:
         )
     evidence = {**result.evidence, "honest_upper": honest}
     return replace(result, evidence=evidence, warnings=found)
+
+
+def _result(state: State, history: list[dict[str, Any]], status: Status, found: str = "") -> Result:
+    return Result(
+        x=_detached(state.variables["x"].value),
+        y=_detached(state.variables["y"].value),
+        status=status,
+        message=found + status.value,
+        nit=state.step,
+        upper=state.upper,
+        lower=state.lower,
+        counts=dict(state.counts),
+        history=history,
+        evidence=dict(state.numbers),
+        warnings=evidence.warnings(history) if status.success else [],
+    )
 
 
 def _solver(solver: Solver | str) -> Solver:
