@@ -26,6 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- (?P<note>run[^>]*?) -->\n)?^```(?P<head>\S.*)\n(?P<body>(?s:.*?))^```$", re.MULTILINE
 )
+SNIPPET = re.compile(r'^--8<-- "(.+)"\n', re.MULTILINE)
 NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 
 
@@ -57,12 +58,17 @@ def blocks(page: Path) -> list[Block]:
                 language=language,
                 title=title[1] if title else "",
                 note=match["note"] or "",
-                body=match["body"],
+                body=SNIPPET.sub(included, match["body"]),
                 line=text.count("\n", 0, match.start("body")) + 1,
                 output=after["body"] if follows else None,
             )
         )
     return found
+
+
+def included(match: re.Match) -> str:
+    """The text of a script that mkdocs puts into a page."""
+    return (ROOT / "docs" / "worked" / match[1]).read_text(encoding="utf-8")
 
 
 def commands(block: Block) -> list[list[str]]:
