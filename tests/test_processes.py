@@ -146,7 +146,11 @@ def words(folder, out, *more):
 
 def path_of(out):
     rows = (out / "trajectory.jsonl").read_text().splitlines()
-    return [[row["upper"], row["lower"], *row["weights"].values()] for row in map(json.loads, rows)]
+    keys = ("weights", "losses")
+    return [
+        [row["upper"], row["lower"], *(v for key in keys for v in row[key].values())]
+        for row in map(json.loads, rows)
+    ]
 
 
 def start(count, arguments):

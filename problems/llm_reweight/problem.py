@@ -17,6 +17,7 @@ from bilevel.footprint import Footprint, Work
 from bilevel.problems.llm_reweight import data as data_module
 from bilevel.problems.llm_reweight import model as model_module
 from bilevel.problems.llm_reweight import placement as placement_module
+from bilevel.problems.llm_reweight.ledger import Ledger
 from bilevel.problems.llm_reweight.losses import is_direct
 from bilevel.problems.llm_reweight.tokens import (
     Batch,
@@ -122,6 +123,11 @@ class LLMReweight(Problem):
         if faults:
             raise InputError(faults)
         return found
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """What the sweeps of a step have seen of each source."""
+        return Ledger()
 
     @property
     def rows(self) -> list[Rows]:
@@ -282,6 +288,7 @@ class LLMReweight(Problem):
 
     def lower(self, x: Tensor, y: nn.Module, batch: Batch) -> Tensor:
         losses = self.losses(y, batch).double()
+        self.ledger.add(y, batch, losses)
         weights = x.softmax(0)[batch.source] * batch.share
         return (weights * losses.to(x.device)).sum()
 
@@ -289,7 +296,9 @@ class LLMReweight(Problem):
         return (batch.share * self.losses(y, batch).double().cpu()).sum()
 
     def metrics(self, x: Tensor, y: nn.Module) -> dict[str, Any]:
-        return {"weights": dict(zip(self.names, x.detach().softmax(0).tolist(), strict=True))}
+        weights = dict(zip(self.names, x.detach().softmax(0).tolist(), strict=True))
+        losses = dict(zip(self.names, self.ledger.take(y, len(self.names)), strict=True))
+        return {"weights": weights, "losses": losses}
 
     def explain(self, x: Tensor, y: nn.Module, batch: Batch) -> str:
         moving = [p for p in y.parameters() if p.requires_grad]
