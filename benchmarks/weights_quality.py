@@ -30,7 +30,7 @@ from scipy.stats import spearmanr
 import bilevel
 from bilevel import plugins
 from bilevel.problems.llm_reweight import LLMReweight, embedded, verdict
-from bilevel.problems.llm_reweight.output import averaged_weights
+from bilevel.problems.llm_reweight.spread import averaged_weights
 
 TASKS = ("demo", "halves", "six_cuts", "noise", "tenfold")
 ROWS = 4  # of every source in a batch, as in the demonstration

@@ -54,6 +54,7 @@ class Result:
     history: list[dict[str, Any]] = field(default_factory=list)
     evidence: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    seed: int = 0
     repeats: tuple[Result, ...] = ()
 
     @property

@@ -100,7 +100,7 @@ def solve(
             body = {**state.state_dict(), "history": history}
             checkpoint.save(folder, body, fingerprint=marks, main=launcher.is_main)
             if on_save is not None and history:
-                on_save(_result(state, history, Status.RUNNING))
+                on_save(_result(state, seed, history, Status.RUNNING))
 
     status, found = Status.STEPS, ""
     if folder is not None and newest is None:
@@ -135,7 +135,7 @@ def solve(
         if ended is not None:
             status = ended
             break
-    return _result(state, history, status, found)
+    return _result(state, seed, history, status, found)
 
 
 def start(
@@ -258,7 +258,9 @@ def audited(problem: Problem, result: Result) -> Result:
     return replace(result, evidence=evidence, warnings=found)
 
 
-def _result(state: State, history: list[dict[str, Any]], status: Status, found: str = "") -> Result:
+def _result(
+    state: State, seed: int, history: list[dict[str, Any]], status: Status, found: str = ""
+) -> Result:
     return Result(
         x=_detached(state.variables["x"].value),
         y=_detached(state.variables["y"].value),
@@ -271,6 +273,7 @@ def _result(state: State, history: list[dict[str, Any]], status: Status, found: 
         history=history,
         evidence=dict(state.numbers),
         warnings=evidence.warnings(history) if status.success else [],
+        seed=seed,
     )
 
 

@@ -1,39 +1,40 @@
-"""What a run leaves: weights in three formats, plots, one HTML page, and the verdict."""
+"""What a run leaves: weights in three formats, their path as a table, a page, and the verdict."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import os
-from collections.abc import Sequence
+import math
+import platform
+from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from bilevel.problems.llm_reweight import verdict
+from bilevel.checkpoint import replace_text
+from bilevel.problems.llm_reweight import spread, verdict
 from bilevel.problems.llm_reweight.problem import LLMReweight
 
 SCHEMA = "bilevel.llm_reweight/1"
-
-
-def averaged_weights(history: Sequence[dict[str, Any]], *, tail: float = 0.25) -> dict[str, float]:
-    """Mean of the weights over the last `tail` of the path."""
-    last = history[-max(1, int(tail * len(history))) :]
-    return {n: sum(r["weights"][n] for r in last) / len(last) for n in last[0]["weights"]}
+TOTALS = (10_000, 100_000, 1_000_000)
+"""Lengths of a training, in examples, for which the epochs of each source are told."""
+REPEATED = 4.0
+"""Epochs above which more repetition teaches little: Muennighoff et al. 2023, arXiv 2305.16264."""
+PACKAGES = ("bilevel", "torch", "transformers", "tokenizers", "peft", "numpy", "scipy")
+COLUMNS = ("name", "weight", "weight_std", "share_examples", "share_tokens", "records")
 
 
 def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
     """Write everything into `out`; returns the closing words for the user."""
-    weights = averaged_weights(result.history)
-    body = describe(problem, result, weights)
-    hint = hardly_moved(weights, result.nit)
-    body["notes"] += [hint] if hint else []
+    body = describe(problem, result, out)
     write_weights(body, out)  # before the verdict, which takes longer and may be interrupted
+    write_table(result, out)
     judged = None
     if problem.verdict:
+        weights = {source["name"]: source["weight"] for source in body["sources"]}
         mixtures = verdict.mixtures(problem, weights)
         count = len(mixtures) * problem.verdict_seeds
         print(
@@ -42,13 +43,26 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
         )
         judged = verdict.compare(problem, mixtures, like=result.y)
         body["verdict"] = judged
+        for name in ("uniform", "learned"):
+            losses = judged["losses"][name]
+            body["target"]["loss"][name] = sum(losses) / len(losses)
         write_weights(body, out)
     from bilevel.problems.llm_reweight import report
 
     report.write(body, result.history, out)
-    shares = ", ".join(f"{s['name']} {s['weight']:.3f}" for s in body["sources"])
-    words = [hint] if hint else []
+    several = len(body["seeds"]) > 1
+    shares = ", ".join(
+        f"{s['name']} {s['weight']:.3f}" + (f" (+-{s['weight_std']:.3f})" if several else "")
+        for s in body["sources"]
+    )
+    words = body["spread"]["sentences"] + body["warnings"]
     return [f"learned weights: {shares}", *words, *(judged["sentences"] if judged else [])]
+
+
+def interim(problem: LLMReweight, result: Any, out: Path) -> None:
+    """Write the weights so far, of a run that goes on or was stopped."""
+    write_weights(describe(problem, result, out), out)
+    write_table(result, out)
 
 
 def hardly_moved(weights: dict[str, float], steps: int) -> str:
@@ -66,63 +80,144 @@ def hardly_moved(weights: dict[str, float], steps: int) -> str:
     )
 
 
-def describe(problem: LLMReweight, result: Any, weights: dict[str, float]) -> dict[str, Any]:
-    """The content of weights.json."""
-    rows = {r.name: r for r in problem.rows}
-    tokens = {n: weights[n] * rows[n].trained_tokens / len(rows[n]) for n in weights}
-    total = sum(len(s.examples) for s in problem.data.sources.values())
-    entropy = -sum(w * torch.log(torch.tensor(w)).item() for w in weights.values() if w > 0)
-    sources = [
-        {
-            "name": name,
-            "path": source.path,
-            "sha256": source.sha256,
-            "format": source.format,
-            "records": len(source.examples),
-            "rows": len(rows[name]),
-            "trained_tokens": rows[name].trained_tokens,
-            "weight": weights[name],
-            "share_examples": weights[name],
-            "share_tokens": tokens[name] / sum(tokens.values()),
-            "repeat_at_size_preserving_total": weights[name] * total / len(source.examples),
-        }
-        for name, source in problem.data.sources.items()
-    ]
+def describe(problem: LLMReweight, result: Any, out: Path) -> dict[str, Any]:
+    """The content of weights.json; weights.schema.json says what it holds."""
+    repeats = result.repeats or (result,)
+    seeds = [spread.averaged_weights(one.history) for one in repeats if one.history]
+    weights, deviations = spread.mean_weights(seeds), spread.deviations(seeds)
+    sources = _sources(problem, weights)
+    for source in sources:
+        source["weight_std"] = deviations[source["name"]]
+        source["weight_by_seed"] = [own[source["name"]] for own in seeds]
+    drift = max(spread.drift(one.history) for one in repeats)
+    done = result.status.name not in ("RUNNING", "STOPPED") and result.success
+    converged = done and drift <= spread.SETTLED
+    entropy = -sum(w * math.log(w) for w in weights.values() if w > 0)
+    hint = hardly_moved(weights, result.nit)
     return {
         "schema": SCHEMA,
+        "status": result.status.name,
         "objective": "mean loss per example on the target",
         "unit": "example-mean",
         "target": {
-            "files": [problem.data.target.path],
+            "files": [_whole_path(problem.data.target.path)],
             "records": len(problem.data.target.examples),
+            "loss": {"uniform": None, "learned": None},
         },
         "sources": sources,
         "entropy": entropy,
-        "effective_sources": float(torch.tensor(entropy).exp()),
-        "status": result.status.name,
+        "effective_sources": math.exp(entropy),
+        "converged": converged,
+        "drift": drift,
+        "seeds": [one.seed for one in repeats if one.history],
+        "spread": {
+            "interchangeable": spread.interchangeable(seeds),
+            "sentences": spread.sentences(seeds),
+        },
         "steps": result.nit,
         "counts": result.counts,
         "model": problem.model,
-        "notes": list(problem.data.notes),
-        "environment": {"torch": torch.__version__},
+        "method": _method(out),
+        "warnings": _warnings(repeats, sources, hint, drift if done else 0.0),
+        "notes": [*problem.data.notes, *([hint] if hint else [])],
+        "environment": _environment(),
     }
 
 
 def write_weights(body: dict[str, Any], out: Path) -> None:
     """weights.json, .csv and .yaml, each replaced as a whole."""
-    columns = ["name", "weight", "share_examples", "share_tokens", "records"]
-    columns.append("repeat_at_size_preserving_total")
     table = io.StringIO()
-    writer = csv.DictWriter(table, columns, extrasaction="ignore")
+    more = ["group"] if any("group" in source for source in body["sources"]) else []
+    writer = csv.DictWriter(table, [*COLUMNS, "repeat", *more], extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(body["sources"])
+    repeat = "repeat_at_size_preserving_total"
+    writer.writerows({**source, "repeat": source[repeat]} for source in body["sources"])
     mapping = {s["name"]: s["weight"] for s in body["sources"]}
-    _replace(out / "weights.json", json.dumps(body, indent=1))
-    _replace(out / "weights.csv", table.getvalue())
-    _replace(out / "weights.yaml", yaml.safe_dump(mapping, sort_keys=False))
+    replace_text(out / "weights.json", json.dumps(body, indent=1))
+    replace_text(out / "weights.csv", table.getvalue())
+    replace_text(out / "weights.yaml", yaml.safe_dump(mapping, sort_keys=False))
 
 
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def write_table(result: Any, out: Path) -> None:
+    """trajectory.csv: a row for each seed and step with both losses and the weights."""
+    table = io.StringIO()
+    writer = csv.writer(table)
+    repeats = [one for one in result.repeats or (result,) if one.history]
+    names = list(repeats[0].history[0]["weights"])
+    writer.writerow(["seed", "step", "upper", "lower", *(f"weight {name}" for name in names)])
+    for one in repeats:
+        for row in one.history:
+            shares = [row["weights"][name] for name in names]
+            writer.writerow([one.seed, row["step"], row["upper"], row["lower"], *shares])
+    replace_text(out / "trajectory.csv", table.getvalue())
+
+
+def _sources(problem: LLMReweight, weights: dict[str, float]) -> list[dict[str, Any]]:
+    rows = {r.name: r for r in problem.rows}
+    records = {name: len(source.examples) for name, source in problem.data.sources.items()}
+    # what a record has on average; a record may be several rows, and copies are left out of them
+    tokens = {n: rows[n].trained_tokens / (records[n] - rows[n].duplicates) for n in weights}
+    trained = sum(weights[name] * tokens[name] for name in weights)
+    total = sum(records.values())
+    return [
+        {
+            "name": name,
+            "path": _whole_path(source.path),
+            "sha256": source.sha256,
+            "format": source.format,
+            "records": records[name],
+            "rows": len(rows[name]),
+            "trained_tokens": rows[name].trained_tokens,
+            "tokens_per_record": tokens[name],
+            "weight": weights[name],
+            "share_examples": weights[name],
+            "share_tokens": weights[name] * tokens[name] / trained,
+            "repeat_at_size_preserving_total": weights[name] * total / records[name],
+            "epochs_at": {str(n): weights[name] * n / records[name] for n in TOTALS},
+        }
+        for name, source in problem.data.sources.items()
+    ]
+
+
+def _warnings(
+    repeats: Sequence[Any], sources: Sequence[dict[str, Any]], hint: str, drift: float
+) -> list[str]:
+    found: Iterable[str] = (words for one in repeats for words in one.warnings)
+    lines = [*dict.fromkeys(found), *([hint] if hint else [])]
+    if drift > spread.SETTLED:
+        lines.append(
+            f"the weights still move: {drift:.0%} of the weight changed its source over the last "
+            "quarter of the steps; give more steps."
+        )
+    lines += [
+        f"source {s['name']} would be repeated {s['repeat_at_size_preserving_total']:.1f} times in "
+        f"a training of as many records as there are; above {REPEATED:g} epochs more of the same "
+        "teaches little: train for less, or give it more records."
+        for s in sources
+        if s["repeat_at_size_preserving_total"] > REPEATED
+    ]
+    return lines
+
+
+def _whole_path(path: str) -> str:
+    """A path that holds from any folder; the demonstration's texts lie in none."""
+    return path if path.startswith("embedded:") else str(Path(path).absolute())
+
+
+def _method(out: Path) -> dict[str, Any]:
+    """How the weights were found: the options of the run's parts, as its config.yaml has them."""
+    path = out / "config.yaml"
+    if not path.exists():
+        return {}
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {k: v for k, v in config.items() if k in ("solver", "memory", "steps", "seed", "seeds")}
+
+
+def _environment() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

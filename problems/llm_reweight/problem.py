@@ -344,6 +344,11 @@ class LLMReweight(Problem):
         words = " ".join(f"{name} {weight:.2f}" for name, weight in top)
         return f"target loss {record['upper']:.3f} | {words}"
 
+    def interim(self, result: Any, out: Path) -> None:
+        from bilevel.problems.llm_reweight import output
+
+        output.interim(self, result, out)
+
     def finish(self, result: Any, out: Path) -> list[str]:
         from bilevel.problems.llm_reweight import output
 
