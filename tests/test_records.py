@@ -1,21 +1,42 @@
 """Training files: what is accepted, what is refused, and that a refusal says where and why."""
 
+import gzip
 import hashlib
+import io
 import json
 import os
+import sys
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from bilevel.errors import InputError
+from bilevel.problems.llm_reweight.examples import Source
+from bilevel.problems.llm_reweight.formats import Reading
 from bilevel.problems.llm_reweight.records import (
-    Source,
     name_paths,
     overlaps,
+    read_records,
     read_source,
     read_sources,
 )
+from bilevel.problems.llm_reweight.templates import Style, named, write
 
 OK = '{"text": "a"}\n'
+GZIP = gzip.compress(OK.encode(), mtime=0)
+ZST = zstandard.ZstdCompressor().compress(OK.encode())
+
+
+def written(example):
+    return list(write(example, Style(), named("chatml", end=""))[0])
+
+
+def table(rows):
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
 
 
 def messages(*turns):
@@ -63,7 +84,73 @@ BROKEN = {
     ),
     "utf-16": ("a.jsonl", OK.encode("utf-16"), ["@:1:", "byte offset 0", "iconv -f UTF-16"]),
     "utf-16 no mark": ("a.jsonl", OK.encode("utf-16-le"), ["@:1:", "offset 1", "UTF-16"]),
-    "gzip": ("a.jsonl.gz", b"\x1f\x8b\x08\x00", ["@:1:", "gunzip"]),
+    "gzip cut off": ("a.jsonl.gz", GZIP[:-9], ["@:1: found gzip data that stops early"]),
+    "gzip damaged": ("a.jsonl", GZIP[:-8] + bytes(8), ["@:1: found gzip data that is damaged"]),
+    "not gzip": ("a.jsonl.gz", OK.encode(), ["@:1: found a .gz file that is not", "end in .jsonl"]),
+    "zst cut off": ("a.jsonl.zst", ZST[:-4], ["@:1: found zst data that stops early"]),
+    "zst damaged": ("a.jsonl", ZST[:6] + b"\xff" * 9, ["@:1: found zst data that is damaged"]),
+    "not parquet": ("a.parquet", b"PAR1 and so on", ["@: found no readable Parquet data"]),
+    "cells": ("a.csv", b"prompt,completion\nP,C\np,c,d\n", ["@:3: found 3 cells", "2 as in the"]),
+    "open quote": ("a.csv", b'text\na\n"b\nc\n', ["@:3: found a row that cannot be read"]),
+    "column twice": ("a.csv", b"text,text\na,b\n", ["@:1: found the column 'text' twice"]),
+    "no header": ("a.csv", b"a,b\nc,d\n", ["@:2: found keys a, b", "problem.columns"]),
+    "empty cell": ("a.tsv", b"question\tanswer\nq\t\n", ["@:2: found an empty string", "'answer'"]),
+    "no rows": ("a.csv", b"text\n", ["@: found no records"]),
+    "no instances": (
+        "a.json",
+        b'{"type": "text_only", "instances": []}',
+        ["@: found no instances"],
+    ),
+    "wrong instance": (
+        "a.json",
+        b'{"type": "text_only",\n "instances": [{"text": "a"}, {"text": 1}]}',
+        ["@: record 1 (counting from 0): found the number 1"],
+    ),
+    "key twice": (
+        "a.jsonl",
+        (OK + '{"text": "a", "text": "b"}').encode(),
+        ["@:2: found the key 'text' twice, expected every key once"],
+    ),
+    "key twice inside": (
+        "a.jsonl",
+        b'{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}',
+        ["@:1: found the key 'role' twice in messages[0]"],
+    ),
+    "preference": (
+        "a.jsonl",
+        b'{"prompt": "p", "chosen": "c", "rejected": "r"}',
+        ["@:1: found a preference set", "problem.use_chosen=true"],
+    ),
+    "sharegpt role": (
+        "a.jsonl",
+        b'{"conversations": [{"from": "bot", "value": "a"}]}',
+        ["@:1: found role 'bot' in conversations[0]", "human, user, gpt"],
+    ),
+    "function call": (
+        "a.jsonl",
+        b'{"conversations": [{"from": "function_call", "value": "f(1)"}]}',
+        ["@:1:", "conversations[0].value[0] that is no call"],
+    ),
+    "tool call": (
+        "a.jsonl",
+        b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}]}',
+        ["@:1: found an object in messages[0].tool_calls[0] that is no call"],
+    ),
+    "tools": (
+        "a.jsonl",
+        b'{"messages": [{"role": "assistant", "content": "a"}], "tools": "search"}',
+        ["@:1: found the string 'search' in field 'tools'"],
+    ),
+    "history": (
+        "a.jsonl",
+        b'{"instruction": "i", "output": "o", "history": [["a"]]}',
+        ["@:1: found a list in field 'history'", "[[question, answer], ...]"],
+    ),
+    "completion without an answer": (
+        "a.jsonl",
+        b'{"prompt": "p", "completion": [{"role": "user", "content": "u"}]}',
+        ["@:1: found no assistant turn in field 'completion'"],
+    ),
     "null text": ("a.jsonl", (OK + '{"text": null}').encode(), ["@:2: found null", "'text'"]),
     "numeric text": ("a.jsonl", (OK + '{"text": 3.5}').encode(), ["@:2: found the number 3.5"]),
     "boolean text": ("a.jsonl", b'{"text": true}', ["@:1: found the boolean true"]),
@@ -217,6 +304,8 @@ PARTS_SEGMENTS = [
 PARTS_SEGMENTS[0] = (PARTS_SEGMENTS[0][0] + "<|im_start|>assistant\n", False)
 PAIR = [[("p", False), ("c", True)]]
 
+SHAREGPT = [("human", "hi"), ("gpt", "yo"), ("human", "more"), ("gpt", "end")]
+
 # file name, its bytes, format, segments, lines
 GOOD = {
     "text": ("a.jsonl", b'{"text": "a", "id": 1}\n{"text": "b"}', "text", TEXT, [1, 2]),
@@ -262,6 +351,109 @@ GOOD = {
         [CHAT_SEGMENTS, PARTS_SEGMENTS],
         [1, 2],
     ),
+    "sharegpt": (
+        "a.jsonl",
+        json.dumps(
+            {"conversations": [{"from": f, "value": v} for f, v in SHAREGPT], "system": "s"}
+        ).encode(),
+        "sharegpt",
+        [
+            [
+                ("<|im_start|>system\ns<|im_end|>\n" + CHAT_SEGMENTS[0][0], False),
+                *CHAT_SEGMENTS[1:],
+            ]
+        ],
+        [1],
+    ),
+    "history": (
+        "a.jsonl",
+        b'{"instruction": "i", "output": "o", "history": [["a", "b"]]}\n'
+        b'{"instruction": "i", "output": "o", "history": null}\n',
+        "alpaca",
+        [
+            [
+                ("Instruction:\na\n\nResponse:\n", False),
+                ("b", True),
+                ("\n\nInstruction:\ni\n\nResponse:\n", False),
+                ("o", True),
+            ],
+            [("Instruction:\ni\n\nResponse:\n", False), ("o", True)],
+        ],
+        [1, 2],
+    ),
+    "message lists": (
+        "a.jsonl",
+        json.dumps(
+            {
+                "prompt": [{"role": r, "content": c} for r, c in CHAT[:3]],
+                "completion": [{"role": "assistant", "content": "end"}],
+            }
+        ).encode(),
+        "prompt_completion",
+        [
+            [
+                ("".join(text for text, _ in CHAT_SEGMENTS[:3]), False),
+                ("end<|im_end|>", True),
+                ("\n", False),
+            ]
+        ],
+        [1],
+    ),
+    "lmflow": (
+        "a.json",
+        b'{"type": "text2text",\n"instances": [{"input": "p", "output": "c"}]}',
+        "prompt_completion",
+        PAIR,
+        [None],
+    ),
+    "lmflow on one line": (
+        "a.json",
+        b'{"type": "text_only", "instances": [{"text": "a"}, {"text": "b"}]}\n',
+        "text",
+        TEXT,
+        [None, None],
+    ),
+    "lmflow conversation": (
+        "a.json",
+        json.dumps(
+            {
+                "type": "conversation",
+                "instances": [{"messages": [{"role": r, "content": c} for r, c in CHAT]}],
+            }
+        ).encode(),
+        "messages",
+        [CHAT_SEGMENTS],
+        [None],
+    ),
+    "gzip": ("a.jsonl.gz", GZIP, "text", TEXT[:1], [1]),
+    "gzip in parts": ("a.jsonl", GZIP + gzip.compress(b'{"text": "b"}'), "text", TEXT, [1, 2]),
+    "zst": ("a.jsonl.zst", ZST, "text", TEXT[:1], [1]),
+    "zst in parts": ("a.jsonl", ZST * 2, "text", [TEXT[0]] * 2, [1, 2]),
+    "csv": (
+        "a.csv",
+        b'\xef\xbb\xbfid,prompt,completion\r\n1,p,c\r\n\r\n2,"q, ""r""\r\ns",c\r\n',
+        "prompt_completion",
+        [*PAIR, [('q, "r"\ns', False), ("c", True)]],
+        [2, 4],
+    ),
+    "tsv of messages": (
+        "a.tsv.gz",
+        gzip.compress(
+            b'messages\n"'
+            + json.dumps([{"role": r, "content": c} for r, c in CHAT]).replace('"', '""').encode()
+            + b'"\n'
+        ),
+        "messages",
+        [CHAT_SEGMENTS],
+        [2],
+    ),
+    "parquet": (
+        "a.parquet",
+        table([{"messages": [{"role": r, "content": c} for r, c in CHAT]}]),
+        "messages",
+        [CHAT_SEGMENTS],
+        [None],
+    ),
     "txt": (
         "a.TXT",
         b"\xef\xbb\xbf\r\none\r\ntwo\r\n \r\n\r\nthree",
@@ -279,7 +471,7 @@ def test_good_file_is_read(name, tmp_path):
     path.write_bytes(data)
     source = read_source("a", path)
     assert (source.name, source.path, source.format) == ("a", str(path), format_name)
-    assert [list(e.segments) for e in source.examples] == segments
+    assert [written(e) for e in source.examples] == segments
     assert [e.line for e in source.examples] == lines
     assert [e.index for e in source.examples] == list(range(len(segments)))
     assert source.size == len(data)
@@ -359,3 +551,102 @@ def test_link_is_the_same_file(tmp_path):
     os.symlink(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     with pytest.raises(InputError, match="the same file twice"):
         name_paths([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+
+
+def test_columns_are_renamed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "p", "text": "c", "prompt": "other"}')
+    reading = Reading(columns=(("prompt", "q"), ("completion", "text")))
+    source = read_source("a", path, reading)
+    assert source.format == "prompt_completion"
+    assert [written(e) for e in source.examples] == PAIR
+    assert source.columns == {"q", "text"}
+    swapped = Reading(columns=(("input", "output"), ("output", "input")))
+    path.write_text('{"input": "c", "output": "p"}')
+    assert [written(e) for e in read_source("a", path, swapped).examples] == PAIR
+
+
+HEADER, ANSWER = "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n", ("c<|im_end|>", True)
+CHOSEN = [[(HEADER, False), ANSWER, ("\n", False)]]
+USER, C, R = (
+    {"role": r, "content": t} for r, t in (("user", "p"), ("assistant", "c"), ("assistant", "r"))
+)
+
+
+@pytest.mark.parametrize(
+    ("record", "segments"),
+    [
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, PAIR),
+        ({"chosen": "Q: p A: c", "rejected": "Q: p A: r"}, [[("Q: p A: ", False), ("c", True)]]),
+        ({"prompt": "p", "chosen": [C], "rejected": [R]}, CHOSEN),
+        ({"prompt": [USER], "chosen": [C], "rejected": [R]}, CHOSEN),
+        ({"chosen": [USER, C], "rejected": [USER, R]}, CHOSEN),
+        ({"prompt": "p", "chosen": [USER, C], "rejected": [USER, R], "score": 2}, CHOSEN),
+        ({"chosen": [USER, C]}, CHOSEN),
+        ({"conversations": [USER], "chosen": C, "rejected": R}, CHOSEN),
+        ({"instruction": "p", "input": "", "chosen": "c", "rejected": "r"}, PAIR),
+        ({"prompt": "p", "completion": "c"}, PAIR),
+    ],
+)
+def test_the_chosen_answer_of_a_preference_set(record, segments, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(record))
+    source = read_source("a", path, Reading(use_chosen=True))
+    assert [written(e) for e in source.examples] == segments
+
+
+def test_a_preference_set_with_messages_is_read_as_messages(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [USER, C], "chosen": [USER, C], "rejected": [USER, R]}))
+    assert read_source("a", path).format == "messages"
+
+
+def test_bad_records_are_left_out_and_counted(tmp_path):
+    lines = [OK.strip(), "{'a'", '{"text": 5}', '{"prompt": "p", "completion": "c"}', "7", "{}"]
+    lines += ['{"prompt": "q", "completion": "c"}', '{"text": "b"}']
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("\n".join(lines).encode() + b'\n{"text": "\xe9"}\n{"text": "c"}')
+    source = read_source("a", path, Reading(skip=True))
+    assert [e.text() for e in source.examples] == ["a", "b", "c"]
+    assert [e.line for e in source.examples] == [1, 8, 10]
+    assert source.skipped == 7
+    assert len(source.complaints) == 5
+    assert ":9: found byte 0xe9" in source.complaints[0]
+    path.write_text("\n".join(lines[1:3]))
+    with pytest.raises(InputError, match=":2: found the number 5"):
+        read_source("a", path, Reading(skip=True))
+
+
+class Dataset:
+    """What a `datasets.Dataset` is to us: a length, and mappings by number."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self.rows):
+            raise IndexError(i)
+        return self.rows[i]
+
+
+def test_records_from_memory():
+    rows = [{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": None}]
+    for given in (rows, Dataset(rows)):
+        source = read_records("a", given[:1] if given is rows else Dataset(rows[:1]))
+        assert [written(e) for e in source.examples] == PAIR
+        with pytest.raises(InputError, match=r"records of a: record 1 .*: found null in field 'c"):
+            read_records("a", given)
+    assert read_records("a", rows[:1]).identity == read_records("a", rows[:1]).identity
+    assert read_records("a", rows[:1]).sha256 != read_records("a", [{"text": "p"}]).sha256
+
+
+@pytest.mark.parametrize(("package", "file"), [("pyarrow", "a.parquet"), ("zstandard", "a.jsonl")])
+def test_a_missing_reader_names_the_extra(package, file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # makes the import fail
+    path = tmp_path / file
+    path.write_bytes(ZST if package == "zstandard" else table([{"text": "a"}]))
+    with pytest.raises(InputError, match=rf"needs {package}.*pip install 'bilevel\[formats\]'"):
+        read_source("a", path)

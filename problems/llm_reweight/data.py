@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bilevel import InputError
 from bilevel.problems.llm_reweight import embedded
+from bilevel.problems.llm_reweight.examples import Example, Source
+from bilevel.problems.llm_reweight.formats import FIELDS, Reading
 from bilevel.problems.llm_reweight.records import (
-    Example,
-    Source,
     name_paths,
     overlaps,
     read_sources,
 )
+from bilevel.problems.llm_reweight.templates import Style
+from bilevel.problems.llm_reweight.tokens import Rows
 
 if TYPE_CHECKING:
     from bilevel.problems.llm_reweight.problem import LLMReweight
@@ -47,18 +49,22 @@ def read(options: LLMReweight) -> Data:
             f"problem.{given} is given but problem.{missing} is not; give both, or neither for the "
             "embedded demonstration."
         )
-    paths = name_paths(options.sources)
+    paths = _named(options.sources)
     if len(paths) < 2:
         raise InputError(f"expected at least two sources to weigh, got {len(paths)}: {[*paths]}.")
     clash = {"target", "test"} & paths.keys()
     if clash:
         raise InputError(f"a source may not be called {clash.pop()!r}; rename it: name=path.")
-    extra = {"target": options.target} | ({"test": options.test} if options.test else {})
-    found = read_sources(paths | extra)
+    paths["target"] = options.target
+    paths |= {"test": options.test} if options.test else {}
+    columns = _columns(options.columns, paths)
+    found = read_sources(paths, {name: _reading(options, columns[name]) for name in paths})
+    _check_columns(options.columns, found)
+    notes = [line for source in found.values() for line in _left_out(source)]
     target = found.pop("target")
     test = found.pop("test", None)
     held = [target] if test is None else [target, test]
-    notes = _check_overlap(found, held, allowed=options.allow_overlap)
+    notes += _check_overlap(found, held, allowed=options.allow_overlap)
     if test is None:
         target, test = _hold_out(target)
         notes.append("no problem.test: every fourth target record is held out as test")
@@ -93,6 +99,89 @@ def text_source(name: str, texts: Sequence[str]) -> Source:
         sha256=hashlib.sha256(body).hexdigest(),
         size=len(body),
     )
+
+
+def describe(source: Source, rows: Rows, style: Style) -> str:
+    """How a source was taken, in words for the user."""
+    written = ""
+    if any(example.chat is not None for example in source.examples[:1]):
+        own = style.template in ("auto", "tokenizer")
+        written = " written with " + ("the tokenizer's template" if own else style.template)
+    about = "" if rows.estimate is None else "about "
+    words = [
+        f"{source.format}{written}",
+        f"{len(source.examples):,} records",
+        f"{source.size:,} bytes",
+        f"{len(rows):,} rows",
+        f"{about}{rows.trained_tokens:,} trained tokens",
+        f"{rows.truncated} truncated",
+        f"{rows.duplicates} duplicates left out",
+    ]
+    if rows.skipped:
+        words.append(f"{rows.skipped} that cannot be written or trained on left out")
+    return ", ".join(words)
+
+
+def _named(sources: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Every source by its name: a path, or records in memory."""
+    return dict(sources) if isinstance(sources, Mapping) else dict(name_paths(sources))
+
+
+def _reading(options: LLMReweight, columns: Sequence[tuple[str, str]]) -> Reading:
+    return Reading(
+        columns=tuple(columns),
+        use_chosen=options.use_chosen,
+        as_chat=options.template != "auto",
+        skip=options.on_bad_record == "skip",
+    )
+
+
+def _columns(entries: Sequence[str], names: Collection[str]) -> dict[str, list[tuple[str, str]]]:
+    """For each source the pairs of a format's key and the file's own.
+
+    Raises:
+        InputError: If an entry is none of 'key=column' and 'source.key=column'.
+    """
+    found: dict[str, list[tuple[str, str]]] = {name: [] for name in names}
+    faults = []
+    for entry in entries:
+        left, equals, column = entry.partition("=")
+        scope, _, key = left.strip().rpartition(".")
+        if not equals or not column or key not in FIELDS or (scope and scope not in found):
+            faults.append(
+                f"problem.columns={entry}: expected key=column or source.key=column with a key "
+                f"among {', '.join(dict.fromkeys(FIELDS))} and a source among {', '.join(found)}."
+            )
+        for name in [scope] if scope else found:
+            found.setdefault(name, []).append((key, column))
+    if faults:
+        raise InputError(faults)
+    return found
+
+
+def _check_columns(entries: Sequence[str], sources: Mapping[str, Source]) -> None:
+    """Refuse columns that no record has."""
+    faults = []
+    for entry in entries:
+        left, _, column = entry.partition("=")
+        scope = left.strip().rpartition(".")[0]
+        asked = [sources[scope]] if scope else list(sources.values())
+        if not any(column in source.columns for source in asked):
+            of = asked[0].path if scope else "any file"
+            faults.append(
+                f"problem.columns={entry}: found no record with the key {column!r} in {of}; fix: "
+                "write the name as the records do."
+            )
+    if faults:
+        raise InputError(faults)
+
+
+def _left_out(source: Source) -> list[str]:
+    """What to say of bad records that were left out."""
+    if not source.skipped:
+        return []
+    count = "1 bad record" if source.skipped == 1 else f"{source.skipped:,} bad records"
+    return [f"warning: {source.name}: {count} left out, such as {source.complaints[0]}"]
 
 
 def _hold_out(target: Source) -> tuple[Source, Source]:

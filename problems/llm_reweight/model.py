@@ -20,6 +20,7 @@ from bilevel.problems.llm_reweight.placement import Placement, place
 from bilevel.problems.llm_reweight.tokens import Batch
 
 TINY_VOCABULARY = 1024
+TINY_END = "<end>"
 
 
 def tiny_tokenizer(texts: Iterable[str]) -> Any:
@@ -29,9 +30,9 @@ def tiny_tokenizer(texts: Iterable[str]) -> Any:
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
-        texts, vocab_size=TINY_VOCABULARY, special_tokens=["<end>"], show_progress=False
+        texts, vocab_size=TINY_VOCABULARY, special_tokens=[TINY_END], show_progress=False
     )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=TINY_END)
 
 
 def tiny_model(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from bilevel.footprint import Footprint, Work
 from bilevel.problems.llm_reweight import data as data_module
 from bilevel.problems.llm_reweight import model as model_module
 from bilevel.problems.llm_reweight import placement as placement_module
+from bilevel.problems.llm_reweight import templates as templates_module
 from bilevel.problems.llm_reweight.ledger import Ledger
 from bilevel.problems.llm_reweight.losses import is_direct
 from bilevel.problems.llm_reweight.tokens import (
@@ -45,11 +46,12 @@ class LLMReweight(Problem):
     probed: ClassVar[bool] = False  # the model is loaded once, and its losses are ours
     default_steps: ClassVar[int] = 300
 
-    sources: tuple[str, ...] = ()
-    """Files of training data, as 'name=path' or 'path'; none means the embedded demonstration."""
-    target: str = ""
+    sources: tuple[str, ...] | Mapping = ()
+    """Files of training data, as 'name=path' or 'path'; none means the embedded demonstration. From
+    Python also a mapping of names to records, see `from_records`."""
+    target: str | Sequence = ""
     """File of examples of what the model should become good at."""
-    test: str = ""
+    test: str | Sequence = ""
     """File to measure the verdict on; without it a quarter of the target is held out."""
     model: str = "tiny"
     """'tiny' (made here), a local folder, or a hub name."""
@@ -77,6 +79,20 @@ class LLMReweight(Problem):
     """Tokens whose logits exist at once; 0 takes as many as have 2**25 logits."""
     allow_overlap: bool = False
     """Go on although target records also stand in a source."""
+    columns: tuple[str, ...] = ()
+    """Names of keys that files have instead of a format's, as 'prompt=q' or 'source.prompt=q'."""
+    template: templates_module.Name = "auto"
+    """How prompts and answers are written: auto writes conversations with the tokenizer's own chat
+    template (the tiny model's is chatml) and other records as plain text; any other name is a
+    template for all of them."""
+    use_chosen: bool = False
+    """Train on the chosen answers of preference sets."""
+    train_on_prompt: bool = False
+    """Train on all tokens instead of the answers only."""
+    last_turn_only: bool = False
+    """Train on the last answer of a conversation only."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """What to do with records that cannot be used: stop, or leave them out and count them."""
     verdict: bool = True
     """Whether to train fresh models with the learned mixture and with uniform, and compare."""
     verdict_steps: int = 200
@@ -108,8 +124,23 @@ class LLMReweight(Problem):
         if self.model != "tiny":
             return model_module.load_tokenizer(self.model)
         sources = [self.data.sources[name] for name in sorted(self.data.sources)]
-        texts = (t for s in sources for e in distinct(s)[:2000] for t, _ in e.segments)
-        return model_module.tiny_tokenizer(texts)
+        template = templates_module.named(self.style.template, end=model_module.TINY_END)
+        pieces = (
+            templates_module.write(example, self.style, template)[0]
+            for source in sources
+            for example in distinct(source)[:2000]
+        )
+        return model_module.tiny_tokenizer(text for segments in pieces for text, _ in segments)
+
+    @cached_property
+    def style(self) -> templates_module.Style:
+        """How records are written; the tiny model's own template is chatml."""
+        own = self.model == "tiny" and self.template in ("auto", "tokenizer")
+        return templates_module.Style(
+            template="chatml" if own else self.template,
+            train_on_prompt=self.train_on_prompt,
+            last_turn_only=self.last_turn_only,
+        )
 
     @cached_property
     def _tokenized(self) -> list[Rows]:
@@ -117,7 +148,15 @@ class LLMReweight(Problem):
         found, faults = [], []
         for source in [*self.data.sources.values(), self.data.target, self.data.test]:
             try:
-                found.append(tokenize(source, self.tokenizer, max_length=self.max_length))
+                found.append(
+                    tokenize(
+                        source,
+                        self.tokenizer,
+                        max_length=self.max_length,
+                        style=self.style,
+                        skip=self.on_bad_record == "skip",
+                    )
+                )
             except InputError as error:
                 faults += error.faults
         if faults:
@@ -181,12 +220,12 @@ class LLMReweight(Problem):
         return faults
 
     def fingerprint(self) -> dict[str, Any]:
-        held = ("sources", "target", "test", "model", "allow_overlap", "verdict")
+        held = ("sources", "target", "test", "model", "allow_overlap", "verdict", "on_bad_record")
         held += ("device", "attention", "checkpointing", "loss_chunk")  # change rounding only
         own = {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if not field.name.startswith(held)
+            if field.name not in held and not field.name.startswith("verdict_")
         }
         files = [*self.data.sources.values(), self.data.target, self.data.test]
         own |= {"order": self.names, "model": model_module.identity(self.model)}
@@ -213,11 +252,7 @@ class LLMReweight(Problem):
         if faults:
             raise InputError(faults)
         for rows, source in zip(self.rows, self.data.sources.values(), strict=True):
-            lines.append(
-                f"source {rows.name}: {source.format}, {len(source.examples):,} records, "
-                f"{source.size:,} bytes, {len(rows):,} rows, {rows.trained_tokens:,} trained "
-                f"tokens, {rows.truncated} truncated, {rows.duplicates} duplicates left out"
-            )
+            lines.append(f"source {rows.name}: {data_module.describe(source, rows, self.style)}")
         lines.append(f"target: {len(self.target_rows):,} rows; test: {len(self.test_rows):,} rows")
         return lines
 
@@ -353,6 +388,25 @@ class LLMReweight(Problem):
         from bilevel.problems.llm_reweight import output
 
         return output.write(self, result, out)
+
+
+def from_records(
+    sources: Mapping[str, Any], target: Any, test: Any = "", **options: Any
+) -> LLMReweight:
+    """The problem on records in memory.
+
+    Args:
+        sources: For each name a list of mappings, a `datasets.Dataset` or anything else that gives
+            mappings by number and has a length; or the path of a file.
+        target: The same, of what the model should become good at.
+        test: The same, to measure the verdict on; without it a quarter of the target is held out.
+        options: Fields of `LLMReweight`.
+
+    >>> records = [{"text": letter * 9} for letter in "abcdefghijkl"]
+    >>> from_records({"a": records[:4], "b": records[4:8]}, target=records[8:]).names
+    ['a', 'b']
+    """
+    return LLMReweight(sources=dict(sources), target=target, test=test, **options)
 
 
 def _count(rows: Rows) -> str:

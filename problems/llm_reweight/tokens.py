@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,30 +11,36 @@ import torch
 from torch import Tensor
 
 from bilevel import InputError, Stream
-from bilevel.problems.llm_reweight.formats import Segments, fault
-from bilevel.problems.llm_reweight.records import SHOWN, Example, Source
+from bilevel.problems.llm_reweight.examples import Example, Source
+from bilevel.problems.llm_reweight.faults import fault, first
+from bilevel.problems.llm_reweight.formats import Segments
+from bilevel.problems.llm_reweight.templates import Style, Template, Unwritable, choose, write
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The tokenized examples of one source; `targets[i]` marks the trained tokens of `ids[i]`."""
+    """The tokenized examples of one source; `trained[i]` marks the trained tokens of `ids[i]`."""
 
     name: str
-    ids: tuple[tuple[int, ...], ...]
-    trained: tuple[tuple[bool, ...], ...]
-    records: tuple[int, ...]
+    ids: Sequence[Sequence[int]]
+    trained: Sequence[Sequence[bool]]
+    records: Sequence[int]
     """The 0-based record in the file that each row was cut from."""
     truncated: int = 0
     """Rows that lost tokens to the length limit."""
     duplicates: int = 0
     """Records that repeat another one of the same source and were left out."""
+    skipped: int = 0
+    """Records that were left out because no template writes them or no trained token is left."""
+    estimate: int | None = None
+    """Trained tokens by a sample, of a source that is read as it is drawn from."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def trained_tokens(self) -> int:
-        return sum(map(sum, self.trained))
+        return sum(map(sum, self.trained)) if self.estimate is None else self.estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,46 +59,49 @@ class Batch:
     """source:record of each row, for messages."""
 
 
-def tokenize(source: Source, tokenizer: Any, *, max_length: int) -> Rows:
+def tokenize(
+    source: Source,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    style: Style | None = None,
+    skip: bool = False,
+) -> Rows:
     """Turn a source's examples into rows of at most `max_length` tokens.
 
     An example that is trained on throughout is cut into consecutive rows. Any other keeps its end
     when it is too long, so that the answer survives. Rows without a trained token are dropped, and
     so are records that repeat another: the weight of a source does not depend on its copies.
 
+    Args:
+        source: What to tokenize.
+        tokenizer: Called with a list of texts, without special tokens.
+        max_length: Tokens of the longest row.
+        style: How records are written.
+        skip: Whether records with nothing to train on are left out and counted.
+
     Raises:
-        InputError: If a record has no token left to train on; says which.
+        InputError: If a record has no token left to train on, or cannot be written; says which.
     """
-    end = tokenizer.eos_token_id
-    ids, trained, records, truncated = [], [], [], 0
-    empty: list[Example] = []
     examples = distinct(source)
-    texts = [text for example in examples for text, _ in example.segments]
+    written, faults = write_all(source, examples, style or Style(), tokenizer)
+    ids, trained, records, truncated = [], [], [], 0
+    texts = [text for _, segments, _ in written for text, _ in segments]
     pieces = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-    for example in examples:
-        row: list[int] = []
-        marks: list[bool] = []
-        for _, mark in example.segments:
-            piece = next(pieces)
-            row += piece
-            marks += [mark] * len(piece)
-        if end is not None and marks and marks[-1]:
-            row.append(end)
-            marks.append(True)
-        whole = all(marks)
-        truncated += not whole and len(row) > max_length
-        cuts = range(0, len(row), max_length) if whole else [max(0, len(row) - max_length)]
-        kept = len(ids)
-        for cut in cuts:
-            part, part_marks = row[cut : cut + max_length], marks[cut : cut + max_length]
-            if any(part_marks[1:]):
-                ids.append(tuple(part))
-                trained.append((False, *part_marks[1:]))
-                records.append(example.index)
-        if len(ids) == kept:
-            empty.append(example)
-    if empty:
-        raise InputError(_nothing_to_train(source, empty, max_length))
+    for example, segments, closed in written:
+        row, marks = _row([(next(pieces), mark) for _, mark in segments], closed, tokenizer)
+        cuts = _cuts(row, marks, max_length)
+        truncated += not all(marks) and len(row) > max_length
+        if not cuts:
+            fix = f"remove the record or raise problem.max_length={max_length}"
+            found, expected = "no token left to train on", "a trained token behind another one"
+            faults.append(fault(example.where(source.path), found, expected, fix))
+        for part, part_marks in cuts:
+            ids.append(part)
+            trained.append(part_marks)
+            records.append(example.index)
+    if faults and not (skip and ids):
+        raise InputError(first(faults, source.path))
     return Rows(
         name=source.name,
         ids=tuple(ids),
@@ -100,22 +109,61 @@ def tokenize(source: Source, tokenizer: Any, *, max_length: int) -> Rows:
         records=tuple(records),
         truncated=truncated,
         duplicates=len(source.examples) - len(examples),
+        skipped=len(faults),
     )
 
 
-def _nothing_to_train(source: Source, empty: Sequence[Example], max_length: int) -> list[str]:
-    fix = f"remove the record or raise problem.max_length={max_length}"
-    found, expected = "no token left to train on", "a trained token behind another one"
-    shown = [fault(e.where(source.path), found, expected, fix) for e in empty[:SHOWN]]
-    more = len(empty) - SHOWN
-    return shown + ([f"{source.path}: and {more} more."] if more > 0 else [])
+def write_all(
+    source: Source, examples: Iterable[Example], style: Style, tokenizer: Any
+) -> tuple[list[tuple[Example, Segments, bool]], list[str]]:
+    """The examples as text, each with whether its end is written, and the faults of the others.
+
+    Raises:
+        InputError: If there are conversations and no template to write them.
+    """
+    written, faults = [], []
+    template: Template | None = None
+    for example in examples:
+        if example.chat is not None and template is None:
+            template = choose(style.template, tokenizer)
+        try:
+            written.append((example, *write(example, style, template)))
+        except Unwritable as error:
+            where = example.where(source.path)
+            faults.append(fault(where, error.found, error.expected, error.fix))
+    return written, faults
+
+
+def _row(
+    pieces: Sequence[tuple[Sequence[int], bool]], closed: bool, tokenizer: Any
+) -> tuple[list[int], list[bool]]:
+    """The tokens of an example and what is trained of them; an answer gets an end if it has none.
+
+    `pieces` are the tokens of each segment with whether they are trained.
+    """
+    row = [token for tokens, _ in pieces for token in tokens]
+    marks = [mark for tokens, mark in pieces for _ in tokens]
+    end = tokenizer.eos_token_id
+    if end is not None and marks and marks[-1] and not closed:
+        row.append(end)
+        marks.append(True)
+    return row, marks
+
+
+def _cuts(
+    row: Sequence[int], marks: Sequence[bool], max_length: int
+) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """The rows of an example: consecutive ones if all is trained on, else its end."""
+    starts = range(0, len(row), max_length) if all(marks) else [max(0, len(row) - max_length)]
+    cuts = [(tuple(row[i : i + max_length]), marks[i : i + max_length]) for i in starts]
+    return [(part, (False, *kept[1:])) for part, kept in cuts if any(kept[1:])]
 
 
 def distinct(source: Source) -> list[Example]:
     """The examples of a source, of equal ones the first."""
-    found: dict[Segments, Example] = {}
+    found: dict[object, Example] = {}
     for example in source.examples:
-        found.setdefault(example.segments, example)
+        found.setdefault((example.segments, example.chat), example)
     return list(found.values())
 
 
