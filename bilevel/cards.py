@@ -21,6 +21,8 @@ class Card:
     """Bytes per second between its memory and its processor, from the data sheet."""
     link: float
     """Bytes per second and direction to the other cards of its machine."""
+    host: float
+    """Bytes per second and direction to the memory of its machine, pinned: PCIe x16."""
     source: str
     """Where the numbers are from."""
 
@@ -34,6 +36,7 @@ CARDS = {
             flops=149.7e12,
             bandwidth=696e9,
             link=25e9,  # PCIe 4 x16, 31.5e9 less protocol; pairs with a bridge have 56e9
+            host=25e9,
             source="NVIDIA A40 data sheet; usable: 46,068 MiB as nvidia-smi shows",
         ),
         Card(
@@ -42,6 +45,7 @@ CARDS = {
             flops=312e12,
             bandwidth=1555e9,
             link=300e9,
+            host=25e9,  # PCIe 4
             source="NVIDIA A100 data sheet (SXM4, NVLink 3); usable: 39.4 GiB that CUDA gives",
         ),
         Card(
@@ -50,6 +54,7 @@ CARDS = {
             flops=312e12,
             bandwidth=2039e9,
             link=300e9,
+            host=25e9,  # PCIe 4
             source="NVIDIA A100 data sheet (SXM4, NVLink 3); usable: 79.1 GiB that CUDA gives",
         ),
         Card(
@@ -58,6 +63,7 @@ CARDS = {
             flops=989e12,
             bandwidth=3350e9,
             link=450e9,
+            host=50e9,  # PCIe 5, 63e9 less protocol
             source="NVIDIA H100 data sheet (SXM5, NVLink 4); usable: 78 GiB",
         ),
         Card(
@@ -66,6 +72,7 @@ CARDS = {
             flops=989e12,
             bandwidth=4800e9,
             link=450e9,
+            host=50e9,  # PCIe 5, 63e9 less protocol
             source="NVIDIA H200 data sheet (SXM5, NVLink 4); usable: 139 GiB",
         ),
     )

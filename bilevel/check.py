@@ -64,6 +64,7 @@ def fit(problem: Problem, solver: Solver, memory: Memory, launcher: Launcher) ->
     """What solver, memory and launcher cannot do with each other."""
     bound = constrained(problem, "lower")
     own = fields(solver) if is_dataclass(solver) else ()
+    options = {field.name: getattr(solver, field.name) for field in own}
     faults = launcher.check(
         problem,
         memory,
@@ -71,9 +72,9 @@ def fit(problem: Problem, solver: Solver, memory: Memory, launcher: Launcher) ->
         parallel=solver.parallel,
         direct=solver.direct(),
         constrained=bound,
-        options={field.name: getattr(solver, field.name) for field in own},
+        options=options,
     )
-    faults += memory.check(constrained=bound)
+    faults += memory.check(constrained=bound, direct=solver.direct(), options=options)
     if solver.order > 1 and not isinstance(memory, Full):
         faults.append(
             f"{type(solver).__name__} takes second derivatives of all of y; use memory=full, or a "

@@ -142,6 +142,7 @@ def finite_norm(problem: Problem, x: Variable, copy: Variable, *batches: object)
     gathered = [p.grad for p in leaves(copy.value) if p.grad is not None]
     size = norm(gathered) if gathered else 0.0
     if not math.isfinite(size):
+        copy.fetch()
         words = [problem.explain(x.value, copy.value, batch) for batch in batches]
         raise NonFiniteError(
             "; ".join(filter(None, [f"the gradient of {copy.name} has norm {size}", *words]))

@@ -56,7 +56,9 @@ class Footprint:
     tokens: int
     """Tokens of the batches of one upper step, each counted once."""
     traffic: Mapping[str, float]
-    """Bytes that every device receives in one upper step."""
+    """Bytes that every device receives from others in one upper step."""
+    swapped: float
+    """Bytes that every device sends to host memory in one upper step, and receives again."""
     assumptions: tuple[str, ...]
     """What the figures rest on, in sentences."""
     remedies: tuple[tuple[str, ...], ...]

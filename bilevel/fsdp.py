@@ -50,6 +50,11 @@ class _Engine(Launcher):
     ) -> list[str]:
         name = type(self).__name__.lower()
         faults = process_faults(problem, self.processes)
+        if getattr(memory, "offload", "none") != "none":
+            faults.append(
+                f"launcher={name} keeps all shards on the device, so memory.offload has no effect; "
+                "leave it out, or use launcher=single."
+            )
         return faults + engine_faults(name, order=order, parallel=parallel, constrained=constrained)
 
     def open(self) -> None:

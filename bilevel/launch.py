@@ -164,5 +164,5 @@ class Single(Launcher):
             loss.backward()
 
     def step(self, variables: Sequence[Variable]) -> None:
-        for variable in variables:
+        for variable in sorted(variables, key=lambda v: not v.is_here):  # none depends on another
             variable.step()

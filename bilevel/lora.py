@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from importlib import metadata
@@ -55,7 +55,9 @@ class LoRA(Memory):
         if faults:
             raise InputError(faults)
 
-    def check(self, *, constrained: bool) -> list[str]:
+    def check(
+        self, *, constrained: bool, direct: Sequence[str], options: Mapping[str, Any]
+    ) -> list[str]:
         faults = _check_peft()
         if constrained:
             faults.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bilevel.blocks import block_paths, falls_apart, parameter_groups
 from bilevel.errors import InputError
+from bilevel.offload import Offload, Turns
 from bilevel.precision import Precision, with_precision
 from bilevel.tree import Value, named_leaves
 from bilevel.variable import OptimizerFactory, Variable
@@ -23,11 +24,15 @@ log = logging.getLogger("bilevel")
 class Memory(ABC):
     """A strategy for the lower variable and its twins; `init` gives its state for one run."""
 
-    def check(self, *, constrained: bool) -> list[str]:
+    def check(
+        self, *, constrained: bool, direct: Sequence[str], options: Mapping[str, Any]
+    ) -> list[str]:
         """Why this cannot be used, as sentences; called before anything is loaded.
 
         Args:
             constrained: Whether the lower variable has a feasible set of its own.
+            direct: What of the solver reads or writes the numbers of y itself (`Solver.direct`).
+            options: The solver's options, by name.
         """
         return []
 
@@ -125,6 +130,9 @@ class LISA(Memory):
     precision: Precision = "master"
     """How bfloat16 and float16 parameters step: with float32 masters of what trains, by stochastic
     rounding, or plain, which loses small steps. Float32 and float64 are not concerned."""
+    offload: Offload = "none"
+    """What lies in host memory: nothing; with idle, what belongs to one copy alone while another is
+    at work; with states also all masters and moments, fetched for one parameter after the other."""
 
     def __post_init__(self) -> None:
         faults = [
@@ -138,6 +146,27 @@ class LISA(Memory):
             )
         if faults:
             raise InputError(faults)
+
+    def check(
+        self, *, constrained: bool, direct: Sequence[str], options: Mapping[str, Any]
+    ) -> list[str]:
+        if self.offload == "none":
+            return []
+        faults = []
+        if direct:
+            faults.append(
+                f"memory.offload={self.offload} keeps one copy of y on the device at a time; use "
+                f"solver=scalebio, or solver=penalty without what reads several, here "
+                f"{' and '.join(direct)}; or use memory.offload=none."
+            )
+        name = str(options.get("lower_optimizer", "sgd"))
+        if self.offload == "states" and name.lower() not in {n.lower() for n in vars(torch.optim)}:
+            faults.append(
+                "memory.offload=states steps one parameter after the other, which the optimizers "
+                f"of torch.optim take, got solver.lower_optimizer={name}; use one of these, or "
+                "memory.offload=idle."
+            )
+        return faults
 
     def optimizer(self, factory: OptimizerFactory, generator: torch.Generator) -> OptimizerFactory:
         return with_precision(factory, self.precision, generator)
@@ -162,7 +191,8 @@ class LISA(Memory):
         pool = list(range(count))
         if self.pool:
             pool = sorted(torch.randperm(count, generator=own)[: self.pool].tolist())
-        return _LISAState(self, groups, block_paths(value), pool, own)
+        turns = None if self.offload == "none" else Turns(states=self.offload == "states")
+        return _LISAState(self, groups, block_paths(value), pool, own, turns)
 
 
 class _LISAState(MemoryState):
@@ -173,9 +203,10 @@ class _LISAState(MemoryState):
         paths: list[str],
         pool: list[int],
         generator: torch.Generator,
+        turns: Turns | None,
     ) -> None:
         self.options, self.groups, self.paths, self.pool = options, groups, paths, pool
-        self.generator = generator
+        self.generator, self.turns = generator, turns
         self.active: list[int] = []
         self.drawn: list[int] = []
         """Every block drawn so far: of these each copy has its own."""
@@ -205,6 +236,8 @@ class _LISAState(MemoryState):
         if self.options.share:
             for twin in variables[1:]:
                 twin.fork([self.paths[i] for i in blocks])
+        if self.turns:
+            self.turns.adopt(variables)
 
     def _trainable(self) -> set[str]:
         names = {n for i in self.active for n in self.groups["blocks"][i]}

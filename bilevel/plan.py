@@ -96,9 +96,14 @@ class Plan:
         return sum(self.footprint.traffic.values()) / self.card.link
 
     @property
+    def swap_seconds(self) -> float:
+        """Of moving to host memory and back, during which nothing is computed."""
+        return 2 * self.footprint.swapped / self.card.host
+
+    @property
     def seconds(self) -> float:
         """Of one upper step, where traffic hides behind computing or the other way round."""
-        return max(self.compute_seconds, self.traffic_seconds)
+        return max(self.compute_seconds, self.traffic_seconds) + self.swap_seconds
 
 
 def make(words: Sequence[str]) -> Plan:
@@ -201,6 +206,7 @@ def as_dict(
         "spare": plan.spare,
         "compute_seconds": plan.compute_seconds,
         "traffic_seconds": plan.traffic_seconds,
+        "swap_seconds": plan.swap_seconds,
         "tokens_per_second": found.tokens / plan.seconds,
         "remedies": [{"change": list(c), "total": total} for c, total in tried],
         "notes": list(plan.notes),
@@ -240,6 +246,11 @@ def lines(
         yield f"{title}, GB: " + ", ".join(f"{n} {size / 1e9:.1f}" for n, size in held.items())
     traffic = ", ".join(f"{n} {size / 1e9:.1f}" for n, size in found.traffic.items()) or "none"
     yield f"received by each device in a step, GB: {traffic}"
+    if found.swapped:
+        yield (
+            f"moved to host memory and back in a step: {found.swapped / 1e9:.1f} GB each way, "
+            f"{plan.swap_seconds:.2f} s at {card.host / 1e9:.0f} GB/s"
+        )
     yield (
         f"one upper step: {found.flops / 1e12:,.1f} TFLOP, {plan.compute_seconds:.2f} s at "
         f"{machine.mfu:.0%} of {card.flops / 1e12:.0f} TFLOP/s a device; traffic "

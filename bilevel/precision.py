@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -87,15 +88,36 @@ def stochastic(factory: OptimizerFactory, *, seed: int = 0) -> OptimizerFactory:
         group = optimizer.param_groups[0]
         count = group.get("roundings", 0)
         digest = hashlib.sha256(f"{seed}/{count}".encode()).digest()
-        generators: dict[torch.device, torch.Generator] = {}
+        begun = vars(optimizer).get(NOISE)
+        generators: dict[torch.device, torch.Generator] = {} if begun is None else begun
         for p, exact in pairs:
             if p.device not in generators:
                 own = torch.Generator(p.device).manual_seed(int.from_bytes(digest[:7], "big"))
                 generators[p.device] = own
             _local(p).copy_(_round(_local(exact), p.dtype, generators[p.device]))
-        group["roundings"] = count + 1
+        group["roundings"] = count + (begun is None)
 
     return _in_float32(factory, lambda optimizer, p: p.detach().float(), narrow)
+
+
+@contextmanager
+def by_parts(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within the block several calls of `step`, each for some of the parameters, count as one.
+
+    In the order of one step they draw the same noise.
+    """
+    setattr(optimizer, NOISE, {})
+    try:
+        yield
+    finally:
+        delattr(optimizer, NOISE)
+        group = optimizer.param_groups[0]
+        if "roundings" in group:
+            group["roundings"] += 1
+
+
+NOISE = "_noise_of_this_step"
+"""The attribute of an optimizer that holds the generators of a step by parts."""
 
 
 def _in_float32(

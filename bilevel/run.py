@@ -34,6 +34,9 @@ from bilevel.solver import State
 from bilevel.tracking import Watch
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
+
+MOVES = ("offload",)
+"""Options of a memory strategy that say where numbers are, not which; they may change."""
 """Ctrl-C, and what schedulers send before they take a machine away."""
 
 USAGE = """usage: python -m bilevel.run problem=NAME [solver=NAME] [memory=NAME] [KEY=VALUE ...]
@@ -305,7 +308,8 @@ def _fingerprint(options: Options) -> dict[str, Any]:
     flat: dict[str, Any] = {k: v for k, v in options.names.items() if k != "launcher"}
     for kind in ("solver", "memory"):
         part = getattr(options, kind)
-        flat |= {f"{kind}.{f.name}": getattr(part, f.name) for f in dataclasses.fields(part)}
+        names = [f.name for f in dataclasses.fields(part) if f.name not in MOVES]
+        flat |= {f"{kind}.{name}": getattr(part, name) for name in names}
     flat |= {f"problem.{k}": v for k, v in options.problem.fingerprint().items()}
     flat |= {"seed": options.settings.seed}
     flat |= {"seeds": "several"} if options.settings.seeds > 1 else {}  # their number may change

@@ -303,6 +303,7 @@ def _identity(solver: Solver, state: State) -> dict[str, Any]:
 
 
 def _record(problem: Problem, state: State) -> dict[str, Any]:
+    state.variables["y"].fetch()
     values = problem.metrics(state.variables["x"].value, state.variables["y"].value)
     return {
         "step": state.step,

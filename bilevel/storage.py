@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,14 +23,17 @@ class LiveStorage(TorchDispatchMode):
     """Within the block, the bytes of all fake storages that are alive, and their peak.
 
     Storages are counted when an operation returns a tensor on them for the first time, and until
-    they are freed. An operation on real tensors alone stays real, and so does counting up, since
-    models look at positions. Reading a fake number gives 1; fake tensors of one shape are equal.
+    they are freed; those made under `on_host` by themselves. An operation on real tensors alone
+    stays real, and so does counting up, since models look at positions. Reading a fake number gives
+    1; fake tensors of one shape are equal.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.host = 0
+        """Bytes alive in host memory, which are in neither of the others."""
         self._seen: dict[int, int] = {}
 
     def __torch_dispatch__(
@@ -57,16 +61,23 @@ class LiveStorage(TorchDispatchMode):
         if key in self._seen:
             return
         self._seen[key] = storage.nbytes()
-        self.live += storage.nbytes()
+        if _HOST.get():
+            self.host += storage.nbytes()
+        else:
+            self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key)
+        weakref.finalize(storage, self._free, key, _HOST.get())
 
     def reset(self) -> None:
         """Start a new peak at what is alive."""
         self.peak = self.live
 
-    def _free(self, key: int) -> None:
-        self.live -= self._seen.pop(key)
+    def _free(self, key: int, host: bool) -> None:
+        size = self._seen.pop(key)
+        if host:
+            self.host -= size
+        else:
+            self.live -= size
 
 
 @contextmanager
@@ -78,6 +89,18 @@ def fake() -> Iterator[LiveStorage]:
         with FakeTensorMode(allow_non_fake_inputs=True), LiveStorage() as storage:
             yield storage
 
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """Within the block new tensors lie in host memory, for who counts; fake ones have no device."""
+    token = _HOST.set(True)
+    try:
+        yield
+    finally:
+        _HOST.reset(token)
+
+
+_HOST = ContextVar("host", default=False)
 
 real = _disable_current_modes
 """Within the block of this, tensors are real again."""

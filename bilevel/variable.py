@@ -48,6 +48,22 @@ class Holder(ABC):
         """Take such a state on, from whatever engine it is."""
 
 
+class Keeper(ABC):
+    """Moves what belongs to one variable alone between its device and host memory."""
+
+    @abstractmethod
+    def is_here(self, variable: Variable) -> bool:
+        """Whether the variable can be computed with."""
+
+    @abstractmethod
+    def fetch(self, variable: Variable) -> None:
+        """Bring the variable to its device; others may have to leave."""
+
+    @abstractmethod
+    def step(self, variable: Variable) -> None:
+        """Run the variable's optimizer, as `optimizer.step` does."""
+
+
 class Variable:
     """A value that an optimizer moves, v <- project(optimizer(v, gradient)).
 
@@ -79,6 +95,8 @@ class Variable:
         """Makes a submodule at a path anew, equal to what is there."""
         self.holder: Holder | None = None
         """The engine of a launcher that has the leaves' numbers in its own hands."""
+        self.keeper: Keeper | None = None
+        """What a memory strategy has put in charge of where the leaves' numbers are."""
         self._leaves = leaves(value)
         for leaf in self._leaves:
             leaf.requires_grad_()
@@ -86,7 +104,10 @@ class Variable:
 
     def step(self) -> None:
         """Move the value along its gathered gradient, project it, and clear the gradient."""
-        self.optimizer.step()
+        if self.keeper:
+            self.keeper.step(self)
+        else:
+            self.optimizer.step()
         self.clear()
         if self.project is not None:
             with torch.no_grad():
@@ -94,6 +115,19 @@ class Variable:
                     self._leaves, leaves(self.project(self.value)), strict=True
                 ):
                     leaf.copy_(projected)
+
+    def fetch(self) -> None:
+        """Make sure that losses can be computed here; the numbers of others may be elsewhere then.
+
+        Nothing to do unless a memory strategy keeps copies in host memory by turns.
+        """
+        if self.keeper:
+            self.keeper.fetch(self)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `fetch` has nothing to do."""
+        return self.keeper is None or self.keeper.is_here(self)
 
     def clear(self) -> None:
         """Forget the gathered gradient."""

@@ -10,7 +10,7 @@ ORDER = [
     ["errors", "tree", "result", "fields", "evidence", "datasets", "picture", "cards", "storage"],
     ["piped", "tracking"],
     ["votes", "linear", "spectrum", "projection"],
-    ["variable", "precision", "blocks", "processes"],
+    ["variable", "precision", "offload", "blocks", "processes"],
     ["problem", "memory"],
     ["launch", "lora", "zero_config"],
     ["oracle", "solver", "checkpoint", "plugins", "fsdp", "zero"],

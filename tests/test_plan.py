@@ -159,6 +159,71 @@ def test_activations_are_those_counted_on_fake_tensors(model, memory, dtype, aga
     assert most - fixed == pytest.approx(peak - between, rel=0.15)
 
 
+@pytest.mark.parametrize("offload", ["idle", "states"])
+def test_a_peak_with_copies_in_host_memory_is_that_counted(offload):
+    size = {"layers": 4, "width": 128, "batch": 8, "target_batch": 4, "micro_batch": 4}
+    problem = LLMReweight(**size, max_length=129, dtype="bfloat16", checkpointing=True)
+    solver, memory = scalebio(warmup=0), LISA(gamma=1, offload=offload)
+    between, peak = rehearsal.measured(problem, solver, memory)
+    moments = bytes_of(problem, solver, memory)
+    for parts in moments.values():
+        parts["context and slack"] = 0.0
+    head = moments["at the head"]
+    here = head["weights"] + head["master copies and optimizer"]
+    if offload == "states":  # between steps both copies are away
+        model = rehearsal._model(problem)
+        groups, named = parameter_groups(model), dict(model.named_parameters())
+        rest = [n for block in groups["blocks"][1:] for n in block]
+        assert between == pytest.approx(sum(2 * named[n].numel() for n in rest), rel=1e-3)
+    else:
+        assert between == pytest.approx(here, rel=1e-3)
+    most = max(sum(parts.values()) for parts in moments.values())
+    assert most - here == pytest.approx(peak - here, rel=0.15)
+
+
+ONE_CARD = ["problem.max_length=1025", "problem.micro_batch=2", "problem.checkpointing=true"]
+ONE_CARD += ["memory=lisa", "memory.pool=8", "problem.dtype=bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("words", "gigabytes"),
+    [
+        # 68.78 weights + gradients of 1.475 (3.149) billion + 1.76 at the blocks + 2.95 at the head
+        (["device=h100", "memory.gamma=1", "memory.offload=states"], 68.78 + 2.95 + 1.76 + 2.95),
+        (["device=h100", "memory.gamma=4", "memory.offload=states"], 68.78 + 6.30 + 1.76 + 2.95),
+        # 12 bytes of states, a gradient in float32, a temporary of its size
+        (["device=h200", "memory.gamma=4", "memory.offload=idle"], 68.78 + 3.149 * (12 + 4 + 4)),
+    ],
+)
+def test_34_billion_fit_one_card(words, gigabytes):
+    made = plan.make([*YI, *ONE_CARD, *words])
+    assert made.fits and not plan.make([*YI, *ONE_CARD, *words][:-1]).fits
+    assert made.footprint.total / 1e9 - 2.5 == pytest.approx(gigabytes, abs=0.05)
+
+
+def test_what_waits_in_host_memory_is_planned():
+    made = plan.make([*YI, *ONE_CARD, "memory.gamma=1", "memory.offload=states"])
+    found = made.footprint
+    # eight blocks, both ends and a norm in bfloat16; 14 bytes for each number that trains
+    away = 2 * (8 * 557_856_768 + 2 * 458_752_000 + 7168) + 14 * 1_475_367_936
+    assert found.swapped == pytest.approx(2 * away, rel=1e-6)
+    assert made.swap_seconds == pytest.approx(4 * away / 50e9, rel=1e-6)
+    assert made.seconds == made.compute_seconds + made.swap_seconds
+    pinned = found.host["what is away from the device, pinned"]
+    assert 2 * away < pinned < 4 * away
+    with pytest.raises(InputError, match=r"memory\.offload needs launcher=single"):
+        plan.make([*YI, *MIXED, "memory.offload=idle"])
+
+
+@pytest.mark.slow
+def test_a_step_of_34_billion_on_one_card_is_counted():
+    words = ["device=h100", "memory.gamma=1", "memory.offload=states", "batch=4", "target_batch=2"]
+    made = plan.make([*YI, *ONE_CARD, *words])
+    _, peak = plan.measure(made)
+    assert peak + 2.5e9 < made.card.usable
+    assert peak == pytest.approx(made.footprint.total - 2.5e9, rel=0.03)
+
+
 def test_a_frozen_block_of_yi_keeps_what_was_counted_once():
     of, made = shapes.shape("yi-34b"), Choices(checkpointing=False)
     counted = 13.7e9 / 1024 / 60  # bytes of a token in a block, by a fake-tensor run of all of it

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Set
 from dataclasses import dataclass
 from functools import partial
-from math import ceil
+from math import ceil, log2
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +55,7 @@ class Choices:
     held: float = 12.0
     """Of master copy and optimizer state together."""
     held_on_host: bool = False
-    """Whether these are in host memory."""
+    """Whether these are in host memory, and a copy steps by one parameter at a time."""
     kept: float = 0.0
     """Of further vectors that the solver keeps, for each number of y."""
     gradient: float = 2.0
@@ -194,6 +194,7 @@ def footprint(
         flops=_step_tokens(problem, work, passes) * pass_flops(of, made, passes),
         tokens=(problem.batch + problem.target_batch) * passes.length,
         traffic=_traffic(of, made, passes, work),
+        swapped=work.lower * _away(of, made) * (made.resident < made.learners),
         assumptions=_assumptions(of, passes),
         remedies=_remedies(problem, passes),
     )
@@ -244,7 +245,11 @@ def choices(
         drawn = min(memory.pool or blocks, memory.gamma * ceil(steps / memory.period))
         base |= {"blocks": memory.gamma, "ends": ends}
         tied = of is not None and of.tied  # then no blocks are shared
-        base |= {"bases": 1, "drawn": drawn} if memory.share and not tied else {}
+        shares = memory.share and not tied
+        base |= {"bases": 1, "drawn": drawn} if shares else {}
+        if memory.offload != "none":
+            base |= {"bases": 1, "drawn": drawn if shares else blocks, "resident": 1}
+            base |= {"held_on_host": memory.offload == "states"}
     elif kind is LoRA and isinstance(memory, LoRA):
         if memory.targets:
             faults.append("memory.targets cannot be planned yet; leave it out for all matrices.")
@@ -267,6 +272,9 @@ def choices(
             base |= {"deferred": not getattr(launcher, "reduces", False)}
         case name:
             faults.append(f"launcher={name.lower()} cannot be planned yet.")
+    offloads = isinstance(memory, LISA) and memory.offload != "none"
+    if offloads and type(launcher).__name__ != "Single":
+        faults.append("memory.offload needs launcher=single; leave one of them out.")
     if faults:
         raise InputError(faults)
     return Choices(**base)
@@ -316,13 +324,36 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
 def _step(of: Shape, made: Choices, *, one: float, unit: float) -> dict[str, float]:
     """The optimizer's step of one copy: its gradient as wide as its states, and a temporary."""
     trained = made.trained(of)
+    if made.held_on_host:
+        return _step_alone(of, made)
     wider = max(0.0, made.width - made.gradient) * trained / made.gradient_shards
-    largest = 2 * max(of.embedding, max(a * b for a, b in of.linears))
+    largest = 2 * _largest(of, made)
     temporaries = (trained if made.foreach else largest) * made.width / made.state_shards
     return {
         "gradients": made.resident * one + wider if made.at_once else unit,
         "temporaries": temporaries if made.held else 0.0,
     }
+
+
+def _step_alone(of: Shape, made: Choices) -> dict[str, float]:
+    """The step of the largest parameter, with all else of its copy in host memory.
+
+    Of the first step: later ones have drawn more blocks, of which both copies are away by then.
+    """
+    largest = _largest(of, made)
+    base = of.total - dataclasses.replace(made, drawn=made.blocks).forked(of)
+    return {
+        "weights": (base + largest) * made.weight,
+        "master copies and optimizer": largest * made.held,
+        "gradients": largest * max(made.width, made.gradient),
+        "temporaries": (1 if made.foreach else 2) * largest * made.width * bool(made.held),
+    }
+
+
+def _largest(of: Shape, made: Choices) -> int:
+    """Numbers of the largest parameter that trains."""
+    ends = [of.embedding] if {"embedding", "head"}.intersection(made.ends) else []
+    return max([*ends, *(a * b for a, b in of.linears if made.blocks)], default=0)
 
 
 def stored(of: Shape, made: Choices) -> float:
@@ -453,12 +484,40 @@ def _step_tokens(problem: LLMReweight, work: Work, passes: Passes) -> int:
 
 def _host(of: Shape, made: Choices, devices: int) -> dict[str, float]:
     found = {"model, whole in every process while it is loaded": devices * of.total * made.weight}
-    if made.held_on_host:
-        found["master copies and optimizer"] = made.learners * made.trained(of) * made.held
+    if made.resident < made.learners:
+        found["what is away from the device, pinned"] = made.learners * _pinned(of, made)
+    if made.weight_shards == 1:
+        found["a checkpoint while it is written"] = _checkpoint(of, made)
     return found | {"libraries": devices * 1.5e9}
 
 
+def _away(of: Shape, made: Choices) -> float:
+    """Bytes of one copy that are its alone: numbers, gradient, masters and moments."""
+    return made.forked(of) * made.weight + made.trained(of) * (made.gradient + made.held)
+
+
+def _pinned(of: Shape, made: Choices) -> float:
+    """Those bytes in pinned memory, where torch rounds every tensor up to a power of two."""
+    inside = [a * b for a, b in of.linears]
+    ends = [of.embedding, of.head]
+    blocks = of.blocks if made.drawn is None else made.drawn
+    trained = [of.embedding] * ("embedding" in made.ends) + [of.head] * ("head" in made.ends)
+    held = int(made.held / made.width)
+    found = sum(_power(n * made.weight) for n in [*inside * blocks, *ends])
+    for n in [*inside * made.blocks, *trained]:
+        found += _power(n * made.gradient) + held * _power(n * made.width)
+    return found
+
+
+def _power(size: float) -> float:
+    return 2.0 ** ceil(log2(size)) if size else 0.0
+
+
 def _disk(of: Shape, made: Choices) -> dict[str, float]:
+    return {f"checkpoints, {KEPT} at a time": KEPT * _checkpoint(of, made)}
+
+
+def _checkpoint(of: Shape, made: Choices) -> float:
     trained = made.trained(of)
     if made.rank:  # the base is not saved
         one = made.learners * trained * (made.adapter + made.held + made.kept)
@@ -466,7 +525,7 @@ def _disk(of: Shape, made: Choices) -> dict[str, float]:
         one = made.bases * of.total * made.weight + made.learners * of.total * made.kept
         one += made.learners * trained * made.held
         one += (made.bases == 1) * (made.learners - 1) * made.forked(of) * made.weight
-    return {f"checkpoints, {KEPT} at a time": KEPT * one}
+    return one
 
 
 def _traffic(of: Shape, made: Choices, passes: Passes, work: Work) -> dict[str, float]:
@@ -502,4 +561,5 @@ def _remedies(problem: LLMReweight, passes: Passes) -> tuple[tuple[str, ...], ..
     found += [("problem.checkpointing=true",), ("problem.dtype=bfloat16",)]
     found += [("memory=lisa", f"memory.gamma={gamma}") for gamma in (2, 1)]
     found.append(("memory=lisa", "memory.gamma=1", "memory.pool=8"))
+    found += [(*found[-1], f"memory.offload={way}") for way in ("idle", "states")]
     return (*found, ("memory=lora",))

@@ -72,6 +72,7 @@ def sweep(
         NonFiniteError: If a loss is not finite.
     """
     x, copy = state.variables["x"], point.copy
+    copy.fetch()
     upper = lower = size = 0.0
     with x.weighted(point.share):
         if point.weight:
