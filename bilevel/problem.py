@@ -62,6 +62,18 @@ class Solution:
     """dF(x) = grad_x f - J^T H^{-1} grad_y f at y*(x)."""
 
 
+class Exporter(ABC):
+    """Writes what a run left in the forms that other tools take; a dataclass of options."""
+
+    @abstractmethod
+    def write(self, run: Path) -> list[str]:
+        """Write files below the run's folder; returns lines for the user.
+
+        Raises:
+            InputError: If something is missing, has changed, or would be written over.
+        """
+
+
 class Problem(ABC):
     """min_x f(x, y*(x)) subject to y*(x) in argmin_y g(x, y), with f = `upper` and g = `lower`.
 
@@ -177,6 +189,13 @@ class Problem(ABC):
         `result.repeats` holds the results of all seeds where several were asked for.
         """
         return [repr(result)]
+
+    def exporter(self) -> Exporter | None:
+        """What writes a run's answer for other tools, by python -m bilevel.export; None if nothing.
+
+        A dataclass with a default for every field; the fields are its options.
+        """
+        return None
 
 
 class Functions(Problem):

@@ -21,7 +21,7 @@ ORDER = [
     ["testing"],
     ["__init__"],
     ["options"],
-    ["report", "run", "plan"],
+    ["report", "run", "plan", "export"],
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 

@@ -101,6 +101,12 @@ def text_source(name: str, texts: Sequence[str]) -> Source:
     )
 
 
+def reading(options: LLMReweight, name: str) -> Reading:
+    """How the records of a source are taken."""
+    columns = _columns(options.columns, [*_named(options.sources), "target", "test"])
+    return _reading(options, columns.get(name, ()))
+
+
 def describe(source: Source, rows: Rows, style: Style) -> str:
     """How a source was taken, in words for the user."""
     written = ""

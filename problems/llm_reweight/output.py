@@ -8,6 +8,7 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from typing import Any
 import yaml
 
 from bilevel.checkpoint import replace_text
-from bilevel.problems.llm_reweight import spread, verdict
+from bilevel.problems.llm_reweight import data, spread, verdict
+from bilevel.problems.llm_reweight.examples import Source
+from bilevel.problems.llm_reweight.exports.shares import REPEATED
 from bilevel.problems.llm_reweight.problem import LLMReweight
 
 SCHEMA = "bilevel.llm_reweight/1"
 TOTALS = (10_000, 100_000, 1_000_000)
 """Lengths of a training, in examples, for which the epochs of each source are told."""
-REPEATED = 4.0
-"""Epochs above which more repetition teaches little: Muennighoff et al. 2023, arXiv 2305.16264."""
 PACKAGES = ("bilevel", "torch", "transformers", "tokenizers", "peft", "numpy", "scipy")
 COLUMNS = ("name", "weight", "weight_std", "share_examples", "share_tokens", "records")
 
@@ -56,7 +57,10 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
         for s in body["sources"]
     )
     words = body["spread"]["sentences"] + body["warnings"]
-    return [f"learned weights: {shares}", *words, *(judged["sentences"] if judged else [])]
+    lines = [f"learned weights: {shares}", *words, *(judged["sentences"] if judged else [])]
+    if problem.export:
+        lines += replace(problem.exporter(), to=problem.export).write(out)
+    return lines
 
 
 def interim(problem: LLMReweight, result: Any, out: Path) -> None:
@@ -156,7 +160,8 @@ def _sources(problem: LLMReweight, weights: dict[str, float]) -> list[dict[str, 
     rows = {r.name: r for r in problem.rows}
     records = {name: len(source.examples) for name, source in problem.data.sources.items()}
     # what a record has on average; a record may be several rows, and copies are left out of them
-    tokens = {n: rows[n].trained_tokens / (records[n] - rows[n].duplicates) for n in weights}
+    own = {n: records[n] - rows[n].duplicates - rows[n].skipped for n in weights}
+    tokens = {n: rows[n].trained_tokens / own[n] for n in weights}
     trained = sum(weights[name] * tokens[name] for name in weights)
     total = sum(records.values())
     return [
@@ -174,9 +179,18 @@ def _sources(problem: LLMReweight, weights: dict[str, float]) -> list[dict[str, 
             "share_tokens": weights[name] * tokens[name] / trained,
             "repeat_at_size_preserving_total": weights[name] * total / records[name],
             "epochs_at": {str(n): weights[name] * n / records[name] for n in TOTALS},
+            **_taken(problem, source),
         }
         for name, source in problem.data.sources.items()
     ]
+
+
+def _taken(problem: LLMReweight, source: Source) -> dict[str, Any]:
+    """How records were taken where that was not as they stand in the file."""
+    reading = data.reading(problem, source.name)
+    found: dict[str, Any] = {"columns": dict(reading.columns)} if reading.columns else {}
+    found |= {"use_chosen": True} if reading.use_chosen else {}
+    return found | ({"skipped": source.skipped} if source.skipped else {})
 
 
 def _warnings(
@@ -200,8 +214,8 @@ def _warnings(
 
 
 def _whole_path(path: str) -> str:
-    """A path that holds from any folder; the demonstration's texts lie in none."""
-    return path if path.startswith("embedded:") else str(Path(path).absolute())
+    """A path that holds from any folder; what lies in memory has none."""
+    return str(Path(path).absolute()) if Path(path).is_file() else path
 
 
 def _method(out: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bilevel import InputError, Launcher, Memory, Problem, Solver, Stream, processes
 from bilevel.footprint import Footprint, Work
 from bilevel.problems.llm_reweight import data as data_module
+from bilevel.problems.llm_reweight import exports as exports_module
 from bilevel.problems.llm_reweight import model as model_module
 from bilevel.problems.llm_reweight import placement as placement_module
 from bilevel.problems.llm_reweight import templates as templates_module
@@ -101,6 +102,8 @@ class LLMReweight(Problem):
     """Paired seeds of the comparison."""
     verdict_lr: float = 3e-3
     """Step size of AdamW in these trainings; suits the tiny model, a pretrained one needs less."""
+    export: tuple[str, ...] = ()
+    """Tools to write the weights for, as python -m bilevel.export --to does, such as 'trl,hf'."""
     data_seed: int = 0
     """Of the order of the rows."""
 
@@ -201,7 +204,7 @@ class LLMReweight(Problem):
         return faults
 
     def check(self) -> list[str]:
-        faults = self.out_of_range()
+        faults = self.out_of_range() + exports_module.unknown(self.export)
         try:
             self.placement  # noqa: B018, read for what it raises
         except InputError as error:
@@ -221,6 +224,7 @@ class LLMReweight(Problem):
 
     def fingerprint(self) -> dict[str, Any]:
         held = ("sources", "target", "test", "model", "allow_overlap", "verdict", "on_bad_record")
+        held += ("export",)
         held += ("device", "attention", "checkpointing", "loss_chunk")  # change rounding only
         own = {
             field.name: getattr(self, field.name)
@@ -378,6 +382,9 @@ class LLMReweight(Problem):
         top = sorted(record["weights"].items(), key=lambda item: -item[1])[:3]
         words = " ".join(f"{name} {weight:.2f}" for name, weight in top)
         return f"target loss {record['upper']:.3f} | {words}"
+
+    def exporter(self) -> exports_module.Export:
+        return exports_module.Export()
 
     def interim(self, result: Any, out: Path) -> None:
         from bilevel.problems.llm_reweight import output
