@@ -1,4 +1,4 @@
-"""Euclidean projections on sets that weights live in: boxes, simplices, budgets."""
+"""Projections on sets that weights live in, Euclidean unless said: boxes, simplices, budgets."""
 
 from __future__ import annotations
 
@@ -83,3 +83,38 @@ def capped(v: Tensor, budget: float) -> Tensor:
     shift = (v[free].sum() + full - budget) / free.sum().clamp(min=1)
     shift = torch.where(free.any(), shift, at)
     return (v - shift).clamp(0.0, 1.0)
+
+
+def kl_box(p: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The point of {low <= w <= high, sum w = 1} nearest to p in relative entropy, KL(w || p).
+
+        w = clip(t p, low, high) with t such that the sum is 1
+
+    The sum rises in t, piecewise linearly; the piece is found among the sorted kinks. It is the
+    projection that a multiplicative step calls for: entries off their bounds keep their ratios.
+
+    Args:
+        p: A vector with positive entries.
+        low: Its floors, not negative, with a sum of at most 1.
+        high: Its ceilings, not below `low`, with a sum of at least 1.
+
+    >>> kl_box(torch.tensor([0.7, 0.2, 0.1]), torch.zeros(3), torch.tensor([0.4, 1.0, 1.0]))
+    tensor([0.4000, 0.4000, 0.2000])
+
+    Reference: Herbster, Warmuth, Tracking the Best Linear Predictor, JMLR 2001, section 5, for
+    ceilings and floors that are the same for all.
+    """
+    kinks = torch.cat([low / p, high / p]).sort().values
+    kinks = kinks[kinks.isfinite()]
+    left, right = 0, len(kinks) - 1
+    while right - left > 1:
+        middle = (left + right) // 2
+        if float((kinks[middle] * p).clamp(low, high).sum()) >= 1:
+            right = middle
+        else:
+            left = middle
+    at = (kinks[left] + kinks[right]) / 2
+    free = (at * p > low) & (at * p < high)
+    held = torch.where(at * p >= high, high, low)[~free].sum()
+    scale = (1 - held) / p[free].sum() if bool(free.any()) else at
+    return (scale * p).clamp(low, high)
