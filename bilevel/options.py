@@ -139,9 +139,10 @@ def _filled(
             except ValueError:
                 faults.append(f"{key} must be {fields.describe(hint)}, got {value!r}.")
                 broken.add(kind)
-    for kind, part in parts.items():
+    for kind, part in parts.items():  # the problem before the solver
+        wishes = _wishes(parts["problem"], part) if kind == "solver" and "problem" in parts else {}
         try:
-            parts[kind] = dataclasses.replace(part, **values[kind])
+            parts[kind] = dataclasses.replace(part, **(wishes | values[kind]))
         except ValueError as error:
             faults += error.faults if isinstance(error, InputError) else [f"{kind}: {error}"]
             broken.add(kind)
@@ -228,11 +229,16 @@ def _parts(given: list[Pairs], faults: list[str]) -> tuple[dict[str, str], dict[
         except InputError as error:
             faults += error.faults
     if "solver" in parts and "problem" in parts:
-        own = {field.name for field in dataclasses.fields(parts["solver"])}
-        wishes = {k: v for k, v in parts["problem"].solver_options.items() if k in own}
+        wishes = _wishes(parts["problem"], parts["solver"])
         parts["solver"] = dataclasses.replace(parts["solver"], **wishes)
     steps = getattr(parts.get("problem"), "default_steps", Settings.steps)
     return names, parts | {"settings": Settings(steps=steps)}
+
+
+def _wishes(problem: Problem, solver: Solver) -> dict[str, Any]:
+    """What the problem, as it stands, wants of the solver's options."""
+    own = {field.name for field in dataclasses.fields(solver)}  # type: ignore[arg-type]
+    return {k: v for k, v in problem.solver_wishes().items() if k in own}
 
 
 def _make(kind: str, name: str) -> Any:

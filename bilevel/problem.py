@@ -148,6 +148,10 @@ class Problem(ABC):
         """The nearest point of Y; by default Y is the whole space."""
         return y
 
+    def solver_wishes(self) -> dict[str, Any]:
+        """`solver_options`, or others where the problem's own options call for them."""
+        return dict(self.solver_options)
+
     def solution(self) -> Solution | None:
         """What is known of the answer, None if nothing is."""
         return None

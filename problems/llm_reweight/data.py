@@ -50,8 +50,11 @@ def read(options: LLMReweight) -> Data:
             "embedded demonstration."
         )
     paths = _named(options.sources)
-    if len(paths) < 2:
-        raise InputError(f"expected at least two sources to weigh, got {len(paths)}: {[*paths]}.")
+    if len(paths) < 2 and options.weigh != "examples":
+        raise InputError(
+            f"expected at least two sources to weigh, got {len(paths)}: {[*paths]}; "
+            "problem.weigh=examples weighs the examples of one."
+        )
     clash = {"target", "test"} & paths.keys()
     if clash:
         raise InputError(f"a source may not be called {clash.pop()!r}; rename it: name=path.")

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from bilevel.checkpoint import replace_text
-from bilevel.problems.llm_reweight import data, spread, verdict
+from bilevel.problems.llm_reweight import data, example_weights, spread, verdict, weighting
 from bilevel.problems.llm_reweight.examples import Source
 from bilevel.problems.llm_reweight.exports.shares import REPEATED
 from bilevel.problems.llm_reweight.problem import LLMReweight
@@ -34,7 +34,9 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
     write_weights(body, out)  # before the verdict, which takes longer and may be interrupted
     write_table(result, out)
     judged = None
-    if problem.verdict:
+    if problem.weigh == "examples":
+        judged = example_weights.finish(problem, result, out)
+    elif problem.verdict:
         weights = {source["name"]: source["weight"] for source in body["sources"]}
         mixtures = verdict.mixtures(problem, weights)
         count = len(mixtures) * problem.verdict_seeds
@@ -43,6 +45,7 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
             flush=True,
         )
         judged = verdict.compare(problem, mixtures, like=result.y)
+    if judged:
         body["verdict"] = judged
         for name in ("uniform", "learned"):
             losses = judged["losses"][name]
@@ -57,6 +60,8 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
         for s in body["sources"]
     )
     words = body["spread"]["sentences"] + body["warnings"]
+    if problem.weigh == "examples":
+        words = [example_weights.sentence(result), *words]
     lines = [f"learned weights: {shares}", *words, *(judged["sentences"] if judged else [])]
     if problem.export:
         lines += replace(problem.exporter(), to=problem.export).write(out)
@@ -88,7 +93,9 @@ def describe(problem: LLMReweight, result: Any, out: Path) -> dict[str, Any]:
     """The content of weights.json; weights.schema.json says what it holds."""
     repeats = result.repeats or (result,)
     seeds = [spread.averaged_weights(one.history) for one in repeats if one.history]
-    weights, deviations = spread.mean_weights(seeds), spread.deviations(seeds)
+    seeds = [weighting.settled(problem, weights) for weights in seeds]
+    weights = weighting.settled(problem, spread.mean_weights(seeds))
+    deviations = spread.deviations(seeds)
     sources = _sources(problem, weights)
     for source in sources:
         source["weight_std"] = deviations[source["name"]]
@@ -97,7 +104,7 @@ def describe(problem: LLMReweight, result: Any, out: Path) -> dict[str, Any]:
     done = result.status.name not in ("RUNNING", "STOPPED") and result.success
     converged = done and drift <= spread.SETTLED
     entropy = -sum(w * math.log(w) for w in weights.values() if w > 0)
-    hint = hardly_moved(weights, result.nit)
+    hint = "" if problem.weigh == "examples" else hardly_moved(weights, result.nit)
     return {
         "schema": SCHEMA,
         "status": result.status.name,
@@ -164,6 +171,7 @@ def _sources(problem: LLMReweight, weights: dict[str, float]) -> list[dict[str, 
     tokens = {n: rows[n].trained_tokens / own[n] for n in weights}
     trained = sum(weights[name] * tokens[name] for name in weights)
     total = sum(records.values())
+    groups = weighting.groups(problem)
     return [
         {
             "name": name,
@@ -181,6 +189,7 @@ def _sources(problem: LLMReweight, weights: dict[str, float]) -> list[dict[str, 
             "epochs_at": {str(n): weights[name] * n / records[name] for n in TOTALS},
             **_taken(problem, source),
         }
+        | ({"group": groups[name]} if name in groups else {})
         for name, source in problem.data.sources.items()
     ]
 

@@ -17,8 +17,10 @@ from bilevel.footprint import Footprint, Work
 from bilevel.problems.llm_reweight import data as data_module
 from bilevel.problems.llm_reweight import exports as exports_module
 from bilevel.problems.llm_reweight import model as model_module
+from bilevel.problems.llm_reweight import per_example as per_example_module
 from bilevel.problems.llm_reweight import placement as placement_module
 from bilevel.problems.llm_reweight import templates as templates_module
+from bilevel.problems.llm_reweight import weighting as weighting_module
 from bilevel.problems.llm_reweight.ledger import Ledger
 from bilevel.problems.llm_reweight.losses import is_direct
 from bilevel.problems.llm_reweight.tokens import (
@@ -37,7 +39,8 @@ class LLMReweight(Problem):
     """g = sum_s softmax(x)_s l_s(y) over the sources, f = l_target(y), l = mean loss per example.
 
     x are the logits of the source weights, in float64 so that differences of nearly equal losses
-    keep their digits; y is a causal language model.
+    keep their digits; y is a causal language model. `weighting.Weighting` has what groups, bounds
+    and a prior make of x, `examples.Members` what one weight for each example is.
 
     Reference: Pan et al., ScaleBiO: Scalable Bilevel Optimization for LLM Data Reweighting, ACL
     2025. Deviation: every batch holds the same number of rows of every source.
@@ -78,6 +81,26 @@ class LLMReweight(Problem):
     """Compute each block again in the backward pass: less memory, up to a third slower."""
     loss_chunk: int = 0
     """Tokens whose logits exist at once; 0 takes as many as have 2**25 logits."""
+    weigh: Literal["auto", "sources", "groups", "examples"] = "auto"
+    """What has a weight of its own; auto: groups where there are groups, else sources."""
+    groups: tuple[str, ...] = ()
+    """Sources that share one weight, as 'math=gsm8k,aqua'; the others have their own."""
+    group_share: Literal["size", "even"] = "size"
+    """How a group's weight is shared among its sources: by their records, or evenly."""
+    prior: tuple[str, ...] = ()
+    """Weights at the start: 'size', or 'name=weight' for every source or group; none is even."""
+    prior_strength: float = 0.0
+    """Pull to the prior: f gets this times KL(weights || prior), in nats; 0 only starts there."""
+    min_weight: tuple[str, ...] = ()
+    """Floors: a number for every source or group, 'name=number' for one."""
+    max_weight: tuple[str, ...] = ()
+    """Ceilings, written as the floors."""
+    max_epochs: float = 0.0
+    """Most epochs of any source in a training of `train_examples`, a ceiling; 0 has none."""
+    train_examples: int = 0
+    """Steps times batch of the training that the weights are for; 0: as many as the records."""
+    max_sources: int = 0
+    """Most sources or groups with weight; 0 is no limit."""
     allow_overlap: bool = False
     """Go on although target records also stand in a source."""
     columns: tuple[str, ...] = ()
@@ -176,6 +199,21 @@ class LLMReweight(Problem):
         """The tokenized sources, in the order of the weights."""
         return self._tokenized[:-2]
 
+    @cached_property
+    def weighting(self) -> weighting_module.Weighting:
+        """What the options make of the logits of sources or groups."""
+        return weighting_module.weighting(self)
+
+    @cached_property
+    def members(self) -> per_example_module.Members:
+        """The records that have weights of their own."""
+        return per_example_module.members(self.rows)
+
+    @cached_property
+    def drawn(self) -> list[Stream]:
+        """The streams of training rows that were made, to count which examples were seen."""
+        return []
+
     @property
     def target_rows(self) -> Rows:
         return self._tokenized[-2]
@@ -205,19 +243,23 @@ class LLMReweight(Problem):
 
     def check(self) -> list[str]:
         faults = self.out_of_range() + exports_module.unknown(self.export)
+        faults += weighting_module.options_faults(self)
         try:
             self.placement  # noqa: B018, read for what it raises
         except InputError as error:
             faults += error.faults
         if self.model != "tiny":
             faults += model_module.check_folder(self.model)
-        if self.sources or self.target:
+        by_source = self.weigh != "examples" and not weighting_module.is_plain(self)
+        if self.sources or self.target or by_source:
             try:
-                if 0 < self.batch < len(self.names):
+                if 0 < self.batch < len(self.names) and self.weigh != "examples":
                     faults.append(
                         "problem.batch must be at least the number of sources, "
                         f"{len(self.names)}, got {self.batch}."
                     )
+                if by_source:
+                    self.weighting  # noqa: B018, read for what it raises
             except InputError as error:
                 faults += error.faults
         return faults
@@ -240,7 +282,10 @@ class LLMReweight(Problem):
         """Tokenize everything; returns what was found, in lines for the user."""
         faults = []
         lines = list(self.data.notes)
-        per_source = self.batch // len(self.names)
+        each = self.weigh == "examples"
+        per_source = 1 if each else self.batch // len(self.names)
+        if each and sum(map(len, self.rows)) < self.batch:
+            faults.append(f"problem.batch={self.batch} exceeds all rows there are; lower it.")
         for rows in self.rows:
             if len(rows) < per_source:
                 faults.append(
@@ -262,7 +307,11 @@ class LLMReweight(Problem):
 
     def init(self, generator: torch.Generator) -> tuple[Tensor, nn.Module]:
         seed = int(torch.randint(2**31, (), generator=generator))
-        x = torch.zeros(len(self.names), dtype=torch.float64)
+        each = self.weigh == "examples"
+        plain = weighting_module.is_plain(self)
+        size = len(self.members) if each else len(self.names)
+        x = torch.zeros(size, dtype=torch.float64)
+        x = x if each or plain else self.weighting.start()
         return x, self.fresh_model(seed, by_engine=processes.expected() > 1)
 
     def fresh_model(self, seed: int, *, by_engine: bool = False) -> nn.Module:
@@ -295,9 +344,13 @@ class LLMReweight(Problem):
 
     def batches(self, generator: torch.Generator) -> tuple[Stream, Stream]:
         seed = int(torch.randint(2**31, (), generator=generator)) ^ self.data_seed
-        per_source = self.batch // len(self.rows)
         count = min(self.target_batch, len(self.target_rows))
         upper = Stratified([self.target_rows], rows=[count], seed=seed)
+        if self.weigh == "examples":
+            pool = per_example_module.Pooled(self.rows, self.members, rows=self.batch, seed=seed)
+            self.drawn.append(pool)
+            return upper, pool
+        per_source = self.batch // len(self.rows)
         return upper, Stratified(self.rows, rows=[per_source] * len(self.rows), seed=seed)
 
     def split(self, batch: Batch) -> Sequence[Batch]:
@@ -313,7 +366,9 @@ class LLMReweight(Problem):
 
     def check_share(self, count: int) -> list[str]:
         try:
-            rows = {"batch": self.batch // len(self.names) * len(self.names)}
+            each = self.weigh == "examples"
+            whole = self.batch if each else self.batch // len(self.names) * len(self.names)
+            rows = {"batch": whole}
         except InputError:  # told by check
             return []
         rows["target_batch"] = self.target_batch
@@ -327,17 +382,42 @@ class LLMReweight(Problem):
 
     def lower(self, x: Tensor, y: nn.Module, batch: Batch) -> Tensor:
         losses = self.losses(y, batch).double()
-        self.ledger.add(y, batch, losses)
-        weights = x.softmax(0)[batch.source] * batch.share
+        if self.weigh == "examples":
+            weights = per_example_module.weights_of(x, batch)
+            self.ledger.add(y, replace(batch, source=self.members.source[batch.source]), losses)
+        else:
+            weights = self.source_weights(x)[batch.source] * batch.share
+            self.ledger.add(y, batch, losses)
         return (weights * losses.to(x.device)).sum()
 
     def upper(self, x: Tensor, y: nn.Module, batch: Batch) -> Tensor:
-        return (batch.share * self.losses(y, batch).double().cpu()).sum()
+        loss = (batch.share * self.losses(y, batch).double().cpu()).sum()
+        if self.prior_strength:  # the shares of a whole batch add up to 1
+            loss = loss + batch.share.sum() * self.weighting.pull(x)
+        return loss
+
+    def source_weights(self, x: Tensor) -> Tensor:
+        """[sources], float64, differentiable in the logits of sources or groups."""
+        return x.softmax(0) if weighting_module.is_plain(self) else self.weighting.weights(x)
+
+    def project_upper(self, x: Tensor) -> Tensor:
+        """The logits of the weights within the bounds that are nearest in relative entropy."""
+        free = self.weigh == "examples" or weighting_module.is_plain(self)
+        return x if free else self.weighting.project(x)
 
     def metrics(self, x: Tensor, y: nn.Module) -> dict[str, Any]:
-        weights = dict(zip(self.names, x.detach().softmax(0).tolist(), strict=True))
         losses = dict(zip(self.names, self.ledger.take(y, len(self.names)), strict=True))
-        return {"weights": weights, "losses": losses}
+        if self.weigh == "examples":
+            return self.members.summary(x, self.names) | {"losses": losses}
+        weights = self.source_weights(x.detach()).tolist()
+        named: dict[str, Any] = {"weights": dict(zip(self.names, weights, strict=True))}
+        groups = {"groups": self.weighting.groups(x)} if self.groups else {}
+        return named | groups | {"losses": losses}
+
+    def solver_wishes(self) -> dict[str, Any]:
+        # votes compares every pair at every step; examples are many, and each is drawn rarely
+        each = {"upper_optimizer": "adam", "upper_lr": 0.01}
+        return each if self.weigh == "examples" else {}
 
     def explain(self, x: Tensor, y: nn.Module, batch: Batch) -> str:
         moving = [p for p in y.parameters() if p.requires_grad]
@@ -381,6 +461,8 @@ class LLMReweight(Problem):
         """The words of the progress line."""
         top = sorted(record["weights"].items(), key=lambda item: -item[1])[:3]
         words = " ".join(f"{name} {weight:.2f}" for name, weight in top)
+        if "examples" in record:
+            words += f" | examples {example_words(record['examples'])}"
         return f"target loss {record['upper']:.3f} | {words}"
 
     def exporter(self) -> exports_module.Export:
@@ -414,6 +496,11 @@ def from_records(
     ['a', 'b']
     """
     return LLMReweight(sources=dict(sources), target=target, test=test, **options)
+
+
+def example_words(numbers: dict[str, float]) -> str:
+    """How far the weights of examples are apart."""
+    return f"from {numbers['least']:.2f} to {numbers['largest']:.2f} times an even weight"
 
 
 def _count(rows: Rows) -> str:

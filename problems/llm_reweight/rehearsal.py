@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bilevel import Always, InputError, Memory, Problem, Single, Solver, Stream
 from bilevel.lora import LoRA
+from bilevel.problems.llm_reweight import weighting
 from bilevel.problems.llm_reweight.placement import Placement, place
 from bilevel.problems.llm_reweight.shapes import config
 from bilevel.problems.llm_reweight.tokens import Batch
@@ -37,7 +38,7 @@ def measured(problem: LLMReweight, solver: Solver, memory: Memory) -> tuple[floa
             "--measure."
         )
     generator = torch.Generator().manual_seed(0)
-    stage = _Stage(problem=problem, model=_model(problem))
+    stage = _Stage(problem=weighting.without(problem), model=_model(problem))
     with fake() as storage:
         state = solver.init(stage, memory, Single(), generator)
         state = solver.step(stage, Single(), state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ class Batch:
     """[rows], one over the rows of that source in the WHOLE batch, float64."""
     labels: tuple[str, ...]
     """source:record of each row, for messages."""
+    pool: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """[rows of the WHOLE batch], the `source` of each, where weights are relative to a batch."""
 
 
 def tokenize(
@@ -240,7 +242,8 @@ def cut(batch: Batch, rows: int) -> list[Batch]:
 def _part(batch: Batch, part: slice) -> Batch:
     columns = batch.trained[part].any(0).nonzero()
     length = int(columns.max()) + 1 if len(columns) else batch.ids.shape[1]
-    return Batch(
+    return replace(
+        batch,
         ids=batch.ids[part, :length],
         trained=batch.trained[part, :length],
         source=batch.source[part],

@@ -28,6 +28,11 @@ def compare(
     """
     seeds = range(problem.verdict_seeds)
     losses = {n: [train(problem, m, seed=s, like=like) for s in seeds] for n, m in mixtures.items()}
+    return judged(problem, losses)
+
+
+def judged(problem: LLMReweight, losses: dict[str, list[float]]) -> dict[str, Any]:
+    """The verdict on test losses by mixture and seed."""
     gains = [u - w for u, w in zip(losses["uniform"], losses["learned"], strict=True)]
     means = {name: statistics.fmean(values) for name, values in losses.items()}
     gap = means["uniform"] - means.get("oracle", means["uniform"])
