@@ -20,7 +20,7 @@ import bilevel
 from bilevel import InputError
 from bilevel.export import main
 from bilevel.problems.llm_reweight import LLMReweight, data, output
-from bilevel.problems.llm_reweight.exports import TOOLS, Export, originals
+from bilevel.problems.llm_reweight.exports import TOOLS, Export, finetuners, originals
 from bilevel.problems.llm_reweight.exports.shares import Shares, exact_fraction
 
 WEIGHTS = {"sea": 0.55, "a, law!": 0.2, "food": 0.2, "sky": 0.05, "none": 0.0}
@@ -35,7 +35,7 @@ def records(name, kind, count):
     for i in range(count):
         answer = f"{name} answer {i}"
         if kind == "alpaca":
-            extra = {"input": f"more {i}"} if i % 2 else {}
+            extra = {"input": f"more {i}"} if i % 2 and name != "food" else {}
             yield {"instruction": f"do {i}", **extra, "output": answer, "id": i}
         elif kind == "messages":
             told = [("system", "brief"), ("user", f"q {i}"), ("assistant", f"first {i}")]
@@ -387,7 +387,7 @@ def test_records_of_one_kind_are_copied_letter_by_letter(tmp_path):
     run = make_run(tmp_path, "alpaca")
     source = tmp_path / "my data" / "sea.jsonl"
     odd = '{ "instruction":"\\u00e9",  "output": "sea answer 0" , "id": 1e2}'
-    lines = ["", odd, *source.read_text().splitlines()[1:]]
+    lines = [odd, "", *source.read_text().splitlines()[1:]]
     source.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     renewed(run, "sea", source)
     written = (export(run, "mixed", total=400) / "train.jsonl").read_text().splitlines()
@@ -556,8 +556,14 @@ def test_a_run_exports_what_it_was_told_to(tmp_path, capsys):
     files = " ".join(shlex.quote(str(p)) for p in sorted((tmp_path / "my data").iterdir()))
     target = tmp_path / "target.jsonl"
     target.write_text("".join(json.dumps({"text": f"sea answer {i} x"}) + "\n" for i in range(8)))
-    words = ["problem=llm_reweight", "steps=4", "width=16", "batch=5", "target_batch=2"]
-    words += ["verdict=false", f"sources={files}", f"target={target}", f"out={tmp_path / 'out'}"]
+    words = ["problem=llm_reweight", "steps=4", "width=16", "batch=5", "solver.warmup=1"]
+    words += [
+        "target_batch=2",
+        "verdict=false",
+        f"sources={files}",
+        f"target={target}",
+        f"out={tmp_path / 'out'}",
+    ]
     assert run_main([*words, "problem.export=llamafactory,mix"]) == 2
     assert "no export for 'mix'; did you mean mixed?" in capsys.readouterr().err
     assert run_main([*words, "problem.export=llamafactory,mixed"]) == 0
@@ -566,6 +572,12 @@ def test_a_run_exports_what_it_was_told_to(tmp_path, capsys):
     assert [name for name, _ in found] == sorted(WEIGHTS)
     assert run_main([*words, "problem.export=hf"]) == 0  # another export is no other run
     assert (tmp_path / "out" / "export" / "hf" / "interleave.json").exists()
+    longer = [word for word in words if word != "steps=4"]
+    (tmp_path / "my data" / "food.jsonl").rename(tmp_path / "food.jsonl")
+    moved = [word.replace("my data/food", "food") for word in longer]
+    assert run_main([*moved, "steps=5", "problem.export=llamafactory"]) == 0
+    said = capsys.readouterr().out
+    assert "llamafactory (written, what was there is now llamafactory.before-1)" in said
 
 
 def test_the_demonstration_can_be_exported(tmp_path, monkeypatch):
@@ -644,6 +656,13 @@ def test_a_fraction_is_read_back_as_its_count(size, count):
     fraction = exact_fraction(count, size)
     assert int(fraction * size) == count
     assert abs(fraction - count / size) < 1e-9
+
+
+@given(st.integers(1, 10**8), st.integers(1, 10**9))
+def test_a_factor_is_written_with_a_point_and_without_exponent(size, count):
+    fraction = exact_fraction(count, size)
+    text = finetuners._with_point(fraction)
+    assert "." in text and "e" not in text and float(text) == fraction
 
 
 @pytest.mark.slow

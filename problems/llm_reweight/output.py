@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from bilevel import InputError
 from bilevel.checkpoint import replace_text
 from bilevel.problems.llm_reweight import data, example_weights, spread, verdict, weighting
 from bilevel.problems.llm_reweight.examples import Source
@@ -51,6 +52,7 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
             losses = judged["losses"][name]
             body["target"]["loss"][name] = sum(losses) / len(losses)
         write_weights(body, out)
+    exported = _export(problem, out)
     from bilevel.problems.llm_reweight import report
 
     report.write(body, result.history, out)
@@ -62,10 +64,8 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
     words = body["spread"]["sentences"] + body["warnings"]
     if problem.weigh == "examples":
         words = [example_weights.sentence(result), *words]
-    lines = [f"learned weights: {shares}", *words, *(judged["sentences"] if judged else [])]
-    if problem.export:
-        lines += replace(problem.exporter(), to=problem.export).write(out)
-    return lines
+    judgement = judged["sentences"] if judged else []
+    return [f"learned weights: {shares}", *words, *judgement, *exported]
 
 
 def interim(problem: LLMReweight, result: Any, out: Path) -> None:
@@ -161,6 +161,16 @@ def write_table(result: Any, out: Path) -> None:
             shares = [row["weights"][name] for name in names]
             writer.writerow([one.seed, row["step"], row["upper"], row["lower"], *shares])
     replace_text(out / "trajectory.csv", table.getvalue())
+
+
+def _export(problem: LLMReweight, out: Path) -> list[str]:
+    """Write what problem.export names; an earlier one moves aside, and a failure ends no run."""
+    if not problem.export:
+        return []
+    try:
+        return replace(problem.exporter(), to=problem.export, force=True).write(out)
+    except InputError as error:
+        return [f"not exported: {fault}" for fault in error.faults]
 
 
 def _sources(problem: LLMReweight, weights: dict[str, float]) -> list[dict[str, Any]]:
