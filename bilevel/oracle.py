@@ -55,12 +55,12 @@ class Oracle:
 
     def upper(self, x: Value, y: Value, batch: Any) -> Gradients:
         """f, grad_x f and grad_y f."""
-        self._count("upper_grad")
+        self.count("upper_grad")
         return _gradients(self.problem, self.problem.upper, x, y, batch)
 
     def lower(self, x: Value, y: Value, batch: Any) -> Gradients:
         """g, grad_x g and grad_y g."""
-        self._count("lower_grad")
+        self.count("lower_grad")
         return _gradients(self.problem, self.problem.lower, x, y, batch)
 
     def curvature(self, x: Value, y: Value, batch: Any) -> Curvature:
@@ -68,12 +68,12 @@ class Oracle:
 
         Building the graph counts as one `lower_grad`. A product costs 1.6 to 2 gradients.
         """
-        self._count("lower_grad")
+        self.count("lower_grad")
         return _GraphCurvature(self, x, y, batch, self.problem.lower, ("hvp", "cross"))
 
     def upper_curvature(self, x: Value, y: Value, batch: Any) -> Curvature:
         """The same of f: d2f/dy2 and d2f/dydx. Building the graph counts as one `upper_grad`."""
-        self._count("upper_grad")
+        self.count("upper_grad")
         names = ("upper_hvp", "upper_cross")
         return _GraphCurvature(self, x, y, batch, self.problem.upper, names)
 
@@ -94,7 +94,7 @@ class Oracle:
         """
         return _FiniteCurvature(self, x, y, batch, spacing)
 
-    def _count(self, name: str) -> None:
+    def count(self, name: str) -> None:
         self.counts[name] = self.counts.get(name, 0) + 1
 
 
@@ -139,16 +139,16 @@ class _GraphCurvature(Curvature):
         self.gradient = _filled(found, self._y)
 
     def hvp(self, v: Vector) -> Vector:
-        self._oracle._count(self._names[0])
+        self._oracle.count(self._names[0])
         return self._product(v, self._y)
 
     def cross(self, v: Vector) -> Vector:
-        self._oracle._count(self._names[1])
+        self._oracle.count(self._names[1])
         return self._product(v, self._x)
 
     def push(self, u: Vector) -> Vector:
         # J'v is linear in v, so that its derivative along u does not depend on where v is.
-        self._oracle._count(self._names[1])
+        self._oracle.count(self._names[1])
         outputs = [g for g, _ in self._graph]
         seeds = [torch.zeros_like(g, requires_grad=True) for g in outputs]
         result = [torch.zeros_like(p, requires_grad=False) for p in self._y]
@@ -165,8 +165,8 @@ class _GraphCurvature(Curvature):
         return result
 
     def both(self, v: Vector) -> tuple[Vector, Vector]:
-        self._oracle._count(self._names[0])
-        self._oracle._count(self._names[1])
+        self._oracle.count(self._names[0])
+        self._oracle.count(self._names[1])
         found = self._product(v, [*self._y, *self._x])
         return found[: len(self._y)], found[len(self._y) :]
 

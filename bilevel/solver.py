@@ -40,6 +40,8 @@ class State:
     numbers: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     vectors: dict[str, list[Tensor]] = field(default_factory=dict)
+    derived: dict[str, Any] = field(default_factory=dict)
+    """What follows from the problem and is kept for speed: made anew where missing, not saved."""
 
     @property
     def copies(self) -> list[Variable]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from bilevel import staged
 from bilevel.descent import begin, descend, implicit_gradient, move_upper
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
@@ -92,6 +93,8 @@ class AID(Solver):
     """Whether all products with H share one batch of g, or each draws its own (neumann only)."""
     products: Literal["graph", "finite"] = "graph"
     """Second derivatives by autograd, or by differences of gradients where those do not exist."""
+    engine: Literal["autograd", "traced"] = "autograd"
+    """Whether autograd differentiates g at every step, or a trace made once (`bilevel.trace`)."""
     upper_optimizer: str = "adam"
     """A torch.optim optimizer for x."""
     upper_lr: float = 1e-2
@@ -112,7 +115,10 @@ class AID(Solver):
                 "batches=fresh needs linear=neumann, whose terms need not agree on H, got "
                 f"linear={self.linear}."
             )
-        if faults := ignored(self, "linear", NEEDS):
+        faults = ignored(self, "linear", NEEDS)
+        if self.engine == "traced" and (self.products == "finite" or self.batches == "fresh"):
+            faults.append("engine=traced needs products=graph and batches=shared.")
+        if faults:
             raise InputError(faults)
 
     def init(
@@ -120,11 +126,18 @@ class AID(Solver):
     ) -> State:
         upper = optimizer_by_name(self.upper_optimizer, self.upper_lr)
         lower = optimizer_by_name(self.lower_optimizer, self.lower_lr)
-        return begin(problem, memory, launcher, generator, upper=upper, lower=lower)
+        state = begin(problem, memory, launcher, generator, upper=upper, lower=lower)
+        if self.engine == "traced":
+            self._staged(problem, state)
+        return state
 
     def step(self, problem: Problem, launcher: Launcher, state: State) -> State:
         state.memory.before_step(state.step, [state.variables["y"]])
-        descend(problem, launcher, state, steps=self.inner_steps)
+        if self.engine == "traced":
+            lower = self._staged(problem, state)
+            staged.descend(lower, problem, launcher, state, steps=self.inner_steps)
+        else:
+            descend(problem, launcher, state, steps=self.inner_steps)
         move_upper(launcher, state, self._estimate(problem, state))
         state.step += 1
         return state
@@ -146,7 +159,11 @@ class AID(Solver):
         upper_batch, lower_batch = (next(state.streams[level]) for level in ("upper", "lower"))
         oracle = Oracle(problem, state.counts)
         upper = oracle.upper(x.value, y.value, upper_batch)
-        bend = self._curvature(oracle, x.value, y.value, lower_batch)
+        if self.engine == "traced":
+            lower = self._staged(problem, state)
+            bend = staged.StagedCurvature(lower, oracle, x.value, y.value, lower_batch)
+        else:
+            bend = self._curvature(oracle, x.value, y.value, lower_batch)
         start = state.vectors.get("v") if self.warm else None
 
         def fresh(v: Vector) -> Vector:
@@ -156,6 +173,9 @@ class AID(Solver):
         hvp = fresh if self.batches == "fresh" else None
         linear = self._linear(oracle, state)
         return implicit_gradient(state, upper, bend, linear, start=start, hvp=hvp)
+
+    def _staged(self, problem: Problem, state: State) -> staged.Staged:
+        return staged.staged(problem, state, lambda s, g: g)
 
     def _linear(self, oracle: Oracle, state: State) -> LinearSolver:
         if self.linear == "fisher":

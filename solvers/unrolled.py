@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel.descent import begin, move_upper, zeros
+from bilevel import staged
+from bilevel.descent import begin, move_upper, plus, zeros
+from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.linear import norm
 from bilevel.memory import Memory
@@ -54,6 +56,8 @@ class ITD(Solver):
     """Differentiate the last so many inner steps only; 0 takes all."""
     mode: Literal["reverse", "checkpointed", "forward"] = "reverse"
     """Keep every step's graph, keep about 2 sqrt(K) states and graphs, or push dim_x tangents."""
+    engine: Literal["autograd", "traced"] = "autograd"
+    """Whether autograd differentiates every step, or a trace made once (`bilevel.trace`)."""
     warm: bool = True
     """Whether y starts where the last upper step ended, rather than at its first start."""
     upper_optimizer: str = "adam"
@@ -82,6 +86,8 @@ class ITD(Solver):
             eps="positive",
             tolerance="non-negative",
         )
+        if self.engine == "traced" and (self.mode != "reverse" or self.lower_optimizer != "sgd"):
+            raise InputError("engine=traced needs mode=reverse and lower_optimizer=sgd.")
 
     def init(
         self, problem: Problem, memory: Memory, launcher: Launcher, generator: torch.Generator
@@ -91,6 +97,8 @@ class ITD(Solver):
         state = begin(problem, memory, launcher, generator, upper=upper, lower=lower)
         if not self.warm:
             state.vectors["start"] = _detached(leaves(state.variables["y"].value))
+        if self.engine == "traced":
+            self._staged(problem, state)
         return state
 
     def step(self, problem: Problem, launcher: Launcher, state: State) -> State:
@@ -108,15 +116,23 @@ class ITD(Solver):
         small = self.tolerance and state.numbers.get("change", self.tolerance) < self.tolerance
         return Status.CONVERGED if small else None
 
+    def check(self, problem: Problem) -> list[str]:
+        return staged.faults(problem) if self.engine == "traced" else []
+
     def _estimate(self, steps: _Steps, start: Vector) -> tuple[Vector, Vector]:
         """dF_T and y_T."""
         first = max(0, self.inner_steps - self.truncate) if self.truncate else 0
         momenta = 2 if self.lower_optimizer == "adam" else 1 if self.momentum else 0
         s = [*start, *(t for _ in range(momenta) for t in zeros(start))]
+        if self.engine == "traced":
+            return _traced(steps, self._staged(steps.problem, steps.state), s, first)
         for t in range(first):
             s = steps.phi(s, t, graph=False)
         sweep = {"reverse": _reverse, "checkpointed": _checkpointed, "forward": _forward}
         return sweep[self.mode](steps, s, first)
+
+    def _staged(self, problem: Problem, state: State) -> staged.Staged:
+        return staged.staged(problem, state, lambda s, g: _sgd(self, s, g, 0))
 
 
 class _Steps:
@@ -165,6 +181,18 @@ class _Steps:
         self.state.upper = float(loss.detach())
         return _detached(end), list(g[: len(self.x)]), list(g[len(self.x) :])
 
+    def finish(self, loss: Tensor, before: Vector, after: Vector) -> None:
+        """Note the last of the steps, all of them traced, and its gradient."""
+        options, state, n = self.options, self.state, self.size
+        x, y = state.variables["x"], state.variables["y"]
+        state.lower = finite_loss("lower", loss, self.problem, x, y, self.batches[-1])
+        if options.momentum:
+            g = [a - options.momentum * b for a, b in zip(after[n:], before[n:], strict=True)]
+        else:
+            g = [(b - a) / options.lower_lr for a, b in zip(after, before, strict=True)]
+        state.numbers["lower_gradient"] = norm(g)
+        state.counts["lower_grad"] += self.total
+
     def pull(self, tapes: Iterable[Tape], adjoint: Vector, along_x: Vector) -> tuple[Vector, ...]:
         """The adjoint of s before the recorded steps, and their share added to that of x.
 
@@ -210,6 +238,28 @@ def _reverse(steps: _Steps, s: Vector, first: int) -> tuple[Vector, Vector]:
         s = tapes[-1][1]
     end, along_x, r = steps.upper(s)
     adjoint, along_x = steps.pull(reversed(tapes), [*r, *zeros(s[steps.size :])], along_x)
+    _note_left_out(steps, adjoint, r)
+    return along_x, end
+
+
+def _traced(steps: _Steps, lower: staged.Staged, s: Vector, first: int) -> tuple[Vector, Vector]:
+    """As `_reverse`, with one trace for all steps."""
+    tapes = []
+    for t, batch in enumerate(steps.batches):
+        before, phi = s, lower.at(s, batch)
+        if t < first:
+            s = phi.values(s)
+        else:
+            s, saved = phi.record(s)
+            tapes.append((phi, saved))
+        if t == steps.total - 1:
+            steps.finish(phi.scalar(before), before, s)
+    end, along_x, r = steps.upper(s)
+    adjoint = [*r, *zeros(s[steps.size :])]
+    for phi, saved in reversed(tapes):
+        adjoint, share = phi.pull(saved, adjoint)
+        along_x = plus(along_x, share)
+    steps.count_products(len(tapes))
     _note_left_out(steps, adjoint, r)
     return along_x, end
 
