@@ -57,6 +57,8 @@ MEMORIES = {
     "lisa 1": bilevel.LISA(gamma=1, period=3),  # a switch among the timed steps
     "lisa 2": bilevel.LISA(gamma=2, period=3),
     "lora 16": bilevel.LoRA(rank=16),
+    "states 1": bilevel.LISA(gamma=1, period=3, offload="states"),
+    "idle 4": bilevel.LISA(gamma=4, period=3, offload="idle"),
 }
 PLAIN = ("full", "lisa 1", "lora 16")
 WARM_UP, STEPS, LEAST = 2, 5, 3

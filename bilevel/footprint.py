@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ from bilevel.launch import Launcher, Single
 from bilevel.memory import Full, Memory
 from bilevel.problem import Functions
 from bilevel.solver import Solver
+from bilevel.variable import Variable
 
 ENTRIES = 1000
 """Entries of y in the toy problem that a solver is watched on."""
@@ -29,6 +30,8 @@ class Work:
     """Gradients of the upper loss, over all copies."""
     lower: int
     """Gradients of the lower loss, over all copies."""
+    gradients: int
+    """Copies of which the gathered gradients exist at the same time."""
     held: int
     """Bytes that the optimizer holds for each number that it trains."""
     width: int
@@ -107,7 +110,7 @@ def work(solver: Solver, dtype: torch.dtype = torch.float32, memory: Memory | No
 
     >>> from bilevel.solvers.penalty import scalebio
     >>> work(scalebio())
-    Work(copies=2, upper=1, lower=2, held=8, width=4, kept=0)
+    Work(copies=2, upper=1, lower=2, gradients=1, held=8, width=4, kept=0)
     """
     name = type(solver).__name__
 
@@ -126,23 +129,38 @@ def work(solver: Solver, dtype: torch.dtype = torch.float32, memory: Memory | No
     kept_options = fields(memory) if is_dataclass(memory) else ()
     full = Full(**{f.name: getattr(memory, f.name) for f in kept_options if f.name in own})
     state = solver.init(problem, full, Single(), generator)
+    copies = state.copies
+    gradients = _gradients_of(copies)
     state = solver.step(problem, Single(), state)
     first = dict(state.counts)
     state = solver.step(problem, Single(), state)
     counts = {k: n - first[k] for k, n in state.counts.items()}
     if not counts["lower_grad"]:
         raise InputError(f"{name} takes no gradient of y, which cannot be planned yet.")
-    copies = [v for k, v in state.variables.items() if k != "x"]
     held = _each([t for s in copies[0].optimizer.state.values() for t in s.values()])
     kept = _each([t for vector in state.vectors.values() for t in vector])
     return Work(
         copies=len(copies),
         upper=counts["upper_grad"],
         lower=counts["lower_grad"],
+        gradients=max(gradients),
         held=sum(held),
         width=max([*held, y0.element_size()]),
         kept=sum(kept),
     )
+
+
+def _gradients_of(copies: Sequence[Variable]) -> list[int]:
+    """A list that grows by the number of copies with a gradient whenever one of them steps."""
+    counts: list[int] = []
+
+    def count(stepping: Variable) -> None:
+        others = [c for c in copies if c is not stepping and c.memory()["gradient"]]
+        counts.append(1 + len(others))
+
+    for copy in copies:
+        copy.optimizer.register_step_pre_hook(lambda *_, copy=copy: count(copy))
+    return counts
 
 
 def _each(tensors: list[Any]) -> list[int]:

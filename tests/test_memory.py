@@ -217,3 +217,22 @@ def test_tied_parts_are_not_shared_and_stay_tied(ends):
         for share in (True, False)
     ]
     assert runs[0].history == runs[1].history
+
+
+@pytest.mark.parametrize("memory", [bilevel.Full(), LISA(gamma=1, period=2)])
+@pytest.mark.parametrize(
+    "options",
+    [{"clip": 0.5, "lower_lr": 1e-2}, {"inner_steps": 3, "momentum": 0.5, "stencil": 3}],
+)
+def test_copies_that_step_by_turns_move_as_those_that_step_together(memory, options, monkeypatch):
+    def solve():
+        solver = scalebio(warmup=1, patience=0, **options)
+        return bilevel.solve(Tokens(), solver, steps=4, memory=memory)
+
+    turns = solve()
+    monkeypatch.setattr(Penalty, "direct", lambda self: ["all copies at once"])
+    together = solve()
+    assert turns.history == together.history and turns.counts == together.counts
+    assert torch.equal(turns.x, together.x)
+    for a, b in zip(turns.y.parameters(), together.y.parameters(), strict=True):
+        assert torch.equal(a, b)

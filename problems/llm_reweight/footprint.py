@@ -42,6 +42,8 @@ class Choices:
     """Copies of y."""
     resident: int = 2
     """Copies of y whose trained part, gradient and states are on the device at a time."""
+    gradients: int = 2
+    """Copies of y whose gradients exist at the same time."""
     blocks: int = 0
     """Blocks that train at a time in one copy."""
     ends: tuple[str, ...] = ("embedding", "head", "norms")
@@ -194,7 +196,7 @@ def footprint(
         flops=_step_tokens(problem, work, passes) * pass_flops(of, made, passes),
         tokens=(problem.batch + problem.target_batch) * passes.length,
         traffic=_traffic(of, made, passes, work),
-        swapped=work.lower * _away(of, made) * (made.resident < made.learners),
+        swapped=work.lower * _swapped(of, made) * (made.resident < made.learners),
         assumptions=_assumptions(of, passes),
         remedies=_remedies(problem, passes),
     )
@@ -225,6 +227,7 @@ def choices(
         "bases": work.copies,
         "learners": work.copies,
         "resident": work.copies,
+        "gradients": work.gradients,
         "held": work.held,
         "kept": work.kept,
         "width": work.width,
@@ -283,9 +286,9 @@ def choices(
 def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
     """Bytes on one device by part at the moments that may be the peak of a step.
 
-    The copies are swept by turns, each gathering its gradient, then all step. So the peak is at the
-    head or at the lowest block of the last sweep, or in the optimizer's step; of gradients that are
-    summed whole before they are shared, those of the present sweep only.
+    The copies are swept by turns, and step each after its sweep or all after the last. So the peak
+    is at the head or at the lowest block of the last sweep, or in the optimizer's step; of
+    gradients that are summed whole before they are shared, those of the present sweep only.
     """
     n, trained = of.total, made.trained(of)
     kept = (trained if made.rank else n) * made.kept
@@ -303,7 +306,7 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
     one = trained * made.gradient / made.gradient_shards
     own = trained * WIDE if made.deferred and (several or passes.upper) else one
     unit = made.unit(of) * made.gradient / made.gradient_shards
-    before = (made.resident - 1) * one
+    before = (min(made.resident, made.gradients) - 1) * one
     early = {"gradients": (before + own * several) * made.at_once}
     late = {"gradients": before + own if made.at_once else unit}
     inside = 2 * made.weight * of.inner  # gradients of what is inside a block, on their way
@@ -330,7 +333,7 @@ def _step(of: Shape, made: Choices, *, one: float, unit: float) -> dict[str, flo
     largest = 2 * _largest(of, made)
     temporaries = (trained if made.foreach else largest) * made.width / made.state_shards
     return {
-        "gradients": made.resident * one + wider if made.at_once else unit,
+        "gradients": min(made.resident, made.gradients) * one + wider if made.at_once else unit,
         "temporaries": temporaries if made.held else 0.0,
     }
 
@@ -491,13 +494,23 @@ def _host(of: Shape, made: Choices, devices: int) -> dict[str, float]:
     return found | {"libraries": devices * 1.5e9}
 
 
-def _away(of: Shape, made: Choices) -> float:
-    """Bytes of one copy that are its alone: numbers, gradient, masters and moments."""
-    return made.forked(of) * made.weight + made.trained(of) * (made.gradient + made.held)
+def _swapped(of: Shape, made: Choices) -> float:
+    """Bytes of one copy that come from host memory for a sweep and its step, and leave again.
+
+    What is its alone, its states, and its gradient if that waits for another copy's; where the
+    parameters step one by one, what trains comes and leaves again for that.
+    """
+    moved = made.held + made.gradient * (made.gradients > 1)
+    if made.held_on_host:
+        moved = made.held + made.gradient + made.weight
+    return made.forked(of) * made.weight + made.trained(of) * moved
 
 
 def _pinned(of: Shape, made: Choices) -> float:
-    """Those bytes in pinned memory, where torch rounds every tensor up to a power of two."""
+    """Bytes of numbers, gradient and states of one copy in pinned memory.
+
+    There torch rounds every tensor up to a power of two.
+    """
     inside = [a * b for a, b in of.linears]
     ends = [of.embedding, of.head]
     blocks = of.blocks if made.drawn is None else made.drawn

@@ -49,7 +49,8 @@ class Penalty(Solver):
 
     Every sweep over a copy gathers its own gradient and its share of the gradient of x at once, so
     x costs no pass of its own: one upper step is `inner_steps` sweeps of each copy, no more. The
-    gradient of x is taken at the iterates before the last inner step (Jacobi order).
+    gradient of x is taken at the iterates before the last inner step (Jacobi order). A copy steps
+    right after its sweep, unless something needs the gradients or numbers of several copies.
 
     The answer `y` is the copy at j = 1, |y - y*| <= nu |grad_y f| / mu; the others are z (j = 0 for
     order 1, j = -1 for order 2), z2, z3, ... Copies at j < 0 need g - |j| nu f to have a minimum.
@@ -152,6 +153,10 @@ class Penalty(Solver):
         moves = state.step >= self.warmup
         if moves and self.momentum:
             extrapolate(state, self.momentum)
+        if not self.direct():
+            self._step_by_turns(problem, launcher, state, moves=moves)
+            self._finish(state, copies, grows=False)
+            return state
         measured = moves and self.growth > 1 and self.settle > 0
         first: list[Seen] = []
         ends: list[End] = []
@@ -178,6 +183,31 @@ class Penalty(Solver):
                 launcher.step(copies)
         self._finish(state, copies, grows=moves and self._settled(state, ends))
         return state
+
+    def _step_by_turns(
+        self, problem: Problem, launcher: Launcher, state: State, *, moves: bool
+    ) -> None:
+        """Every inner step of a copy right after its sweep, so that one gradient is held at a time.
+
+        The numbers are those of steps after all sweeps, as no sweep depends on another copy. Where
+        a gradient is not finite, copies before it have moved.
+        """
+        x, points = state.variables["x"], self._points(state)
+        seen: list[Seen] = []
+        for inner in range(self.inner_steps):
+            gathers = moves and inner == self.inner_steps - 1
+            batches = next(state.streams["upper"]), next(state.streams["lower"])
+            seen.clear()
+            with contextlib.nullcontext() if gathers else x.frozen():
+                for point in points:
+                    seen.append(sweep(problem, launcher, state, point, batches))
+                    launcher.settle([point.copy])
+                    clip(problem, x, [point.copy], self.clip, *explained(launcher, batches))
+                    launcher.step([point.copy])
+        self._trusted(state, points, seen, seen)
+        if moves:
+            launcher.settle([x])
+            self._move(launcher, state, [])
 
     def terminate(self, state: State) -> Status | None:
         if self.tolerance and state.numbers.get("change", math.inf) < self.tolerance:
@@ -232,7 +262,7 @@ class Penalty(Solver):
         return state.numbers["lag"] <= self.settle
 
     def _move(self, launcher: Launcher, state: State, copies: list[Variable]) -> None:
-        """Move every copy, and x: all gradients were taken at the old iterates."""
+        """Move x, and copies that have not moved yet: their gradients are of the old iterates."""
         x = state.variables["x"]
         lr = self.upper_lr * min(1.0, (state.step - self.warmup + 1) / (self.ramp + 1))
         if self.upper_step == "normalized":
