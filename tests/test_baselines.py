@@ -8,14 +8,17 @@ import torch
 from scipy.optimize import minimize
 
 from bilevel import InputError
-from bilevel.problems.llm_reweight import LLMReweight
-from bilevel.problems.llm_reweight.baselines import METHODS, Lab, find
+from bilevel.problems.llm_reweight import LLMReweight, training
+from bilevel.problems.llm_reweight.baselines import METHODS, Lab, find, less, regmix
+from bilevel.problems.llm_reweight.baselines.differences import by_source, excess
 from bilevel.problems.llm_reweight.baselines.lab import search_tokens, tokens
 from bilevel.problems.llm_reweight.baselines.mixmin import log_likelihoods, simplex_fit
-from bilevel.problems.llm_reweight.tokens import Rows, collate
+from bilevel.problems.llm_reweight.baselines.random_search import dirichlet
+from bilevel.problems.llm_reweight.baselines.sketch import Sketch
+from bilevel.problems.llm_reweight.tokens import Rows, Stratified, collate, pick
 
 NAMES = ("right", "near", "wrong")
-BUDGET = 30_000.0
+BUDGET = 20_000.0
 
 
 def write_sources(folder, records=60):
@@ -162,7 +165,8 @@ def test_sharpness_is_a_power_of_the_score(problem):
         assert weights[1][name] == pytest.approx(square / sum(squares.values()))
 
 
-TRAINED = [n for n in METHODS if n not in ("uniform", "size", "temperature", "given", "tpe")]
+FREE = ("uniform", "size", "temperature", "given", "tpe", "doremi")  # no training, or no target
+TRAINED = [name for name in METHODS if name not in FREE]
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -257,3 +261,308 @@ def test_unknown_methods_and_options_are_told(word, words):
     with pytest.raises(InputError) as error:
         find(word)
     assert words in str(error.value)
+
+
+def dense(sketch, sizes):
+    """[size, entries], the matrix that the sketch of parameters of these sizes stands for."""
+    matrix = torch.zeros(sketch.size, sum(sizes))
+    start = 0
+    for number, entries in enumerate(sizes):
+        places, signs = Sketch(sketch.size, seed=sketch.seed).draw(number, entries)
+        matrix[places, start + torch.arange(entries)] = signs
+        start += entries
+    return matrix
+
+
+def test_the_streamed_projection_is_the_dense_one(problem):
+    """The hooked backward pass of one row, against the matrix times the whole gradient."""
+    model = problem.fresh_model(3)
+    moving = list(model.parameters())
+    batch = collate([problem.rows[0]], [(0, 5)], [1.0])
+    sketch = Sketch(64, seed=7)
+    streamed = less.projected(
+        lambda: problem.losses(model, batch).sum(), moving, sketch, lambda p, g: g
+    )
+    assert all(p.grad is None for p in moving)
+    loss = problem.losses(model, batch).sum()
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, moving)])
+    matrix = dense(sketch, [p.numel() for p in moving])
+    assert matrix.abs().sum(0).eq(1).all()  # one place for each entry
+    assert torch.allclose(streamed, matrix @ gradient, atol=1e-5)
+    plain = problem.losses(model, batch).sum()
+    plain.backward()
+    assert all(p.grad is not None for p in moving)  # the hooks are gone
+
+
+def test_projections_keep_inner_products_on_average():
+    """Over 400 seeds: mean <g, g'>, deviation of the mean below sqrt(2 / size / 400) |g| |g'|."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(500, generator=generator)
+    b = 0.5 * a + torch.randn(500, generator=generator)
+    found = []
+    for seed in range(400):
+        sketch, one, two = Sketch(32, seed=seed), torch.zeros(32), torch.zeros(32)
+        for number, part in enumerate((slice(0, 200), slice(200, 500))):
+            sketch.add(one, number, a[part])
+            sketch.add(two, number, b[part])
+        found.append(float(one @ two))
+    mean, allowed = sum(found) / 400, (2 / 32 / 400) ** 0.5 * float(a.norm() * b.norm())
+    assert abs(mean - float(a @ b)) < 4 * allowed
+    spread = torch.tensor(found).std()
+    assert spread < 1.2 * (2 / 32) ** 0.5 * float(a.norm() * b.norm())
+
+
+def test_parameters_and_seeds_are_projected_apart():
+    first = Sketch(1000, seed=1).draw(0, 500)
+    for other in (Sketch(1000, seed=1).draw(1, 500), Sketch(1000, seed=2).draw(0, 500)):
+        same = [float((a == b).double().mean()) for a, b in zip(first, other, strict=True)]
+        assert same[0] < 0.01  # one in a thousand by chance
+        assert abs(same[1] - 0.5) < 0.1  # four deviations of 500 coins
+
+
+def test_a_projection_too_large_to_remember_is_drawn_again(monkeypatch):
+    remembered, drawn = Sketch(8, seed=1), Sketch(8, seed=1)
+    remembered.draw(0, 30)
+    monkeypatch.setattr("bilevel.problems.llm_reweight.baselines.sketch.KEPT", 10)
+    totals = [torch.zeros(8), torch.zeros(8)]
+    for sketch, total in zip((remembered, drawn), totals, strict=True):
+        for _ in range(2):
+            sketch.add(total, 0, torch.arange(30.0))
+    assert not drawn._held
+    assert torch.equal(*totals)
+
+
+def test_the_direction_of_adam_is_the_step_it_takes(problem):
+    """A step of AdamW of torch without decay on the same gradient moves by -lr times it."""
+    p = torch.randn(7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    optimizer = torch.optim.AdamW([p], lr=0.1, weight_decay=0.0)
+    for k in range(3):
+        p.grad = torch.full_like(p, 1.0 + k)
+        optimizer.step()
+    gradient = torch.linspace(-1, 1, 7)
+    wanted = less.adam_direction(optimizer)(p, gradient)
+    before = p.detach().clone()
+    p.grad = gradient.clone()
+    optimizer.step()
+    assert torch.allclose(p.detach() - before, -0.1 * wanted, atol=1e-6)
+
+
+def test_scores_of_rows_are_sums_of_cosines_over_checkpoints(problem):
+    """One source again with a dense projection, at checkpoints in the middle of equal parts."""
+    method = find("less:checkpoints=2:rows=9:size=128")
+    got = method.scores(Lab(problem=problem, budget=BUDGET))
+    lab = Lab(problem=problem, budget=BUDGET)
+    steps = lab.steps(0.6 * BUDGET)
+    total = torch.zeros(9)
+    for step in lab.path(lab.uniform, steps=steps):
+        if step.number not in (steps // 4 + 1, 3 * steps // 4 + 1):
+            continue
+        moving = list(step.model.parameters())
+        matrix = dense(Sketch(128, seed=0), [p.numel() for p in moving])
+        state = step.optimizer.state
+
+        def gradients(source, model=step.model, moving=moving):
+            for batch in lab.rows(source, 9):
+                for i in range(len(batch.ids)):
+                    loss = problem.losses(model, pick(batch, torch.tensor([i]))).sum()
+                    yield torch.autograd.grad(loss, moving)
+
+        def update(p, g, state=state):
+            t = float(state[p]["step"]) + 1
+            m = (0.9 * state[p]["exp_avg"] + 0.1 * g) / (1 - 0.9**t)
+            v = (0.999 * state[p]["exp_avg_sq"] + 0.001 * g * g) / (1 - 0.999**t)
+            return m / (v.sqrt() + 1e-8)
+
+        def flat(tensors):
+            return torch.cat([t.flatten() for t in tensors])
+
+        target = matrix @ torch.stack([flat(g) for g in gradients(problem.target_rows)]).mean(0)
+        for i, row in enumerate(gradients(problem.rows[0])):
+            own = matrix @ flat([update(p, g) for p, g in zip(moving, row, strict=True)])
+            cosine = torch.nn.functional.cosine_similarity(own, target, dim=0)
+            total[i] += step.optimizer.param_groups[0]["lr"] * cosine
+    assert len(got[0]) == 9
+    assert torch.allclose(got[0], total, atol=1e-6)
+
+
+def test_ridge_and_its_errors_on_left_out_rows_are_those_of_scikit_learn():
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import LeaveOneOut, cross_val_predict
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 5, generator=generator, dtype=torch.float64)
+    y = x @ torch.tensor([1.0, -2.0, 0.0, 0.5, 0.0]).double() + 3.0
+    y += 0.3 * torch.randn(16, generator=generator, dtype=torch.float64)
+    predict, left = regmix.ridge(x, y)
+    z = ((x - x.mean(0)) / x.std(0)).numpy()
+    errors = {}
+    for c in regmix.PENALTIES:
+        found = cross_val_predict(Ridge(alpha=16 * c), z, y.numpy(), cv=LeaveOneOut())
+        errors[c] = float(((found - y.numpy()) ** 2).sum()), found
+    best = min(errors, key=lambda c: errors[c][0])
+    wanted = Ridge(alpha=16 * best).fit(z, y.numpy()).predict(z)
+    assert torch.allclose(predict(x), torch.from_numpy(wanted), atol=1e-9)
+    assert float((left - y).square().sum()) == pytest.approx(errors[best][0], rel=1e-9)
+    assert torch.allclose(left, torch.from_numpy(errors[best][1]), atol=1e-9)
+
+
+@pytest.mark.parametrize("model", ["ridge", "quadratic", "boosting"])
+def test_regmix_finds_the_mixture_of_a_known_loss(problem, monkeypatch, model):
+    """A loss that is lowest at one corner, in place of trainings."""
+    value = {"right": 1.0, "near": 0.6, "wrong": 0.0}
+
+    def loss(lab, mixture, spend):
+        return -sum(value[n] * w for n, w in mixture.items())
+
+    monkeypatch.setattr(Lab, "trial", loss)
+    lab = Lab(problem=problem, budget=BUDGET)
+    weights = find(f"regmix:model={model}:runs=24").search(lab).weights
+    assert weights["right"] > 0.6
+    assert weights["wrong"] < 0.2
+
+
+def test_features_of_mixtures_are_centered_log_ratios():
+    w = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    found = regmix.features(w, squares=True)
+    assert torch.allclose(found[:, :3].sum(1), torch.zeros(2).double(), atol=1e-12)
+    ratio = torch.tensor((0.5 + 0.01) / (0.3 + 0.01)).double().log()
+    assert torch.allclose(found[0, 0] - found[0, 1], ratio)
+    assert torch.allclose(found[:, 3:], found[:, :3] ** 2)
+
+
+def test_random_search_takes_the_best_of_its_draws(problem, monkeypatch):
+    seen = []
+
+    def loss(lab, mixture, spend):
+        seen.append(mixture)
+        assert spend == BUDGET / 5
+        return abs(mixture["near"] - 0.4)
+
+    monkeypatch.setattr(Lab, "trial", loss)
+    found = find("random:runs=5").search(Lab(problem=problem, budget=BUDGET)).weights
+    assert len(seen) == 5
+    assert seen[0] == pytest.approx(dict.fromkeys(NAMES, 1 / 3))
+    assert found == min(seen, key=lambda m: abs(m["near"] - 0.4))
+
+
+def test_draws_of_a_dirichlet_have_its_mean_and_variance(problem):
+    """Dirichlet(c, c, c): mean 1/3, variance 2/9 / (3c + 1); four deviations of 4,000 draws."""
+    lab = Lab(problem=problem, budget=1.0)
+    for c in (1.0, 4.0):
+        w = dirichlet(lab, 4000, c)
+        variance = 2 / 9 / (3 * c + 1)
+        assert torch.allclose(w.sum(1), torch.ones(4000).double())
+        assert (w.mean(0) - 1 / 3).abs().max() < 4 * (variance / 4000) ** 0.5
+        assert (w.var(0) / variance - 1).abs().max() < 0.15
+
+
+def test_single_sources_and_leave_one_out(problem, monkeypatch):
+    value = {"right": 1.0, "near": 0.6, "wrong": 0.1}
+
+    def loss(lab, mixture, spend):
+        return 5 - sum(value[n] * w for n, w in mixture.items())
+
+    monkeypatch.setattr(Lab, "trial", loss)
+    lab = Lab(problem=problem, budget=BUDGET)
+    found = find("single").search(lab)
+    assert found.weights == {"right": 1.0, "near": 0.0, "wrong": 0.0}
+    assert found.note == "target loss alone: right 4.000, near 4.400, wrong 4.900"
+    harm = {n: (sum(value.values()) / 3) - (sum(value.values()) - v) / 2 for n, v in value.items()}
+    positive = {n: max(h, 0.0) for n, h in harm.items()}
+    wanted = {n: h / sum(positive.values()) for n, h in positive.items()}
+    assert find("leave_one_out").search(lab).weights == pytest.approx(wanted)
+
+
+def test_differences_are_those_of_two_models(problem):
+    lab = Lab(problem=problem, budget=BUDGET)
+    one, two = problem.fresh_model(1), problem.fresh_model(2)
+    batch = next(Stratified(problem.rows, rows=[2, 2, 2], seed=0))
+    with torch.no_grad():
+        a, b = (problem.losses(m, batch).double() for m in (one, two))
+    gaps = excess(lab, a, two, batch)
+    assert torch.allclose(gaps, a - b)
+    assert lab.tokens == pytest.approx(tokens(batch) / 3)
+    wanted = torch.stack([(a - b)[batch.source == k].mean() for k in range(3)])
+    assert torch.allclose(by_source(gaps, batch, 3), wanted)
+
+
+def test_doremi_sees_no_target_and_follows_the_sources_that_lag(problem, monkeypatch):
+    """A reference that is worse on one source by construction: weight leaves that source."""
+
+    def never(*arguments):
+        raise AssertionError("DoReMi looked at the target")
+
+    monkeypatch.setattr(type(problem), "target_rows", property(never))
+
+    def gaps(lab, losses, reference, batch):
+        return torch.tensor([-1.0, 0.0, 0.5]).double()[batch.source]
+
+    monkeypatch.setattr("bilevel.problems.llm_reweight.baselines.doremi.excess", gaps)
+    lab = Lab(problem=problem, budget=BUDGET)
+    found = find("doremi:rate=0.1:smoothing=0.1").search(lab)
+    steps = int(found.note.split()[-2])
+    w, total = torch.ones(3).double() / 3, torch.zeros(3).double()
+    for _ in range(steps):
+        w = w * torch.tensor([0.0, 0.0, 0.05]).double().exp()  # below zero counts as zero
+        w = 0.9 * w / w.sum() + 0.1 / 3
+        total += w
+    assert [*found.weights.values()] == pytest.approx((total / steps).tolist())
+
+
+def test_rho_counts_the_rows_that_the_reference_finds_easier(problem, monkeypatch):
+    def gaps(lab, losses, reference, batch):
+        return torch.tensor([1.0, 2.0, 0.0]).double()[batch.source]
+
+    monkeypatch.setattr("bilevel.problems.llm_reweight.baselines.rho.excess", gaps)
+    lab = Lab(problem=problem, budget=BUDGET)
+    found = find("rho:pool=2").search(lab).weights  # 4 rows of each source, 6 are kept
+    assert found == pytest.approx({"right": 2 / 6, "near": 4 / 6, "wrong": 0.0})
+
+
+def test_picked_rows_are_those_of_the_batch(problem):
+    batch = next(Stratified(problem.rows, rows=[2, 2, 2], seed=0))
+    some = pick(batch, torch.tensor([4, 1]))
+    assert some.labels == (batch.labels[4], batch.labels[1])
+    model = problem.fresh_model(1)
+    with torch.no_grad():
+        whole = problem.losses(model, batch)
+        assert torch.allclose(problem.losses(model, some), whole[[4, 1]], atol=1e-6)
+
+
+def test_a_trial_is_a_training_and_the_target_loss(problem):
+    lab = Lab(problem=problem, budget=BUDGET)
+    loss = lab.trial(lab.uniform, 9_000.0)
+    assert lab.tokens == pytest.approx(9_000, rel=0.1)
+    again = Lab(problem=problem, budget=BUDGET)
+    count = min(len(problem.target_rows), int(9_000 / 7 * 3 / 24.5))
+    rows = sum(map(len, problem.target_rows.ids)) / len(problem.target_rows)
+    count = min(len(problem.target_rows), int(9_000 / 7 / (rows / 3)))
+    model = again.train(again.uniform, steps=again.steps(9_000 - count * rows / 3))
+    assert count == len(problem.target_rows)  # so that evaluate takes the same rows
+    assert loss == pytest.approx(training.evaluate(model, problem.target_rows), abs=1e-6)
+
+
+def test_the_parzen_estimator_needs_optuna(problem):
+    pytest.importorskip("optuna")
+    lab = Lab(problem=problem, budget=BUDGET)
+    weights = find("tpe").search(lab).weights
+    assert weights["right"] > weights["wrong"]
+
+
+def test_the_learned_search_is_that_of_a_run(problem):
+    """The same weights as `solve` gives with as many steps; scalebio takes the run's lower_lr."""
+    import bilevel
+    from bilevel.problems.llm_reweight.spread import averaged_weights
+    from bilevel.solvers.penalty import scalebio, scalebio_votes
+
+    budget = search_tokens(problem, {"upper_grad": 31, "lower_grad": 62})
+    for word, own, made in (
+        ("learned", None, scalebio_votes()),
+        ("learned", scalebio(upper_lr=0.05), scalebio(upper_lr=0.05)),
+        ("scalebio", scalebio_votes(lower_lr=2e-3), scalebio(lower_lr=2e-3)),
+    ):
+        lab = Lab(problem=problem, budget=budget, seed=4, solver=own)
+        found = find(word).search(lab).weights
+        result = bilevel.solve(problem, made, steps=31, seed=4)
+        assert found == averaged_weights(result.history)
+        assert lab.tokens == budget

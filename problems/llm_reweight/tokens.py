@@ -239,6 +239,19 @@ def cut(batch: Batch, rows: int) -> list[Batch]:
     return [_part(batch, slice(start, start + rows)) for start in starts]
 
 
+def pick(batch: Batch, chosen: Tensor) -> Batch:
+    """The rows of a batch at the indices `chosen`, padded no further than they need."""
+    rows = [_part(batch, slice(i, i + 1)) for i in chosen.tolist()]
+    length = max(row.ids.shape[1] for row in rows)
+    return Batch(
+        ids=batch.ids[chosen, :length],
+        trained=batch.trained[chosen, :length],
+        source=batch.source[chosen],
+        share=batch.share[chosen],
+        labels=tuple(batch.labels[i] for i in chosen.tolist()),
+    )
+
+
 def _part(batch: Batch, part: slice) -> Batch:
     columns = batch.trained[part].any(0).nonzero()
     length = int(columns.max()) + 1 if len(columns) else batch.ids.shape[1]

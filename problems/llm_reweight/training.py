@@ -37,6 +37,7 @@ def path(
     seed: int,
     like: Any = None,
     model_seed: int | None = None,
+    rows: Sequence[Rows] | None = None,
 ) -> Iterator[Step]:
     """Train a fresh model on rows drawn by `mixture`: AdamW, its step size falling by a cosine.
 
@@ -47,13 +48,16 @@ def path(
         seed: Of the rows that are drawn.
         like: An adapter, where one of its kind trains on the model; else everything trains.
         model_seed: Of random weights; 1000 + seed without it.
+        rows: What is mixed; the sources without it.
     """
     model = fresh(problem, 1000 + seed if model_seed is None else model_seed, like=like, seed=seed)
     optimizer = adamw(problem, model)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    rows = Drawn(problem.rows, [mixture[n] for n in problem.names], total=problem.batch, seed=seed)
+    sources = rows or problem.rows
+    shares = [mixture[source.name] for source in sources]
+    stream = Drawn(sources, shares, total=problem.batch, seed=seed)
     for number in range(1, steps + 1):
-        batch = next(rows)
+        batch = next(stream)
         problem.losses(model, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -6,7 +6,7 @@ only counts a third. Padding is not counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,19 +52,20 @@ class Lab:
     def uniform(self) -> dict[str, float]:
         return dict.fromkeys(self.names, 1 / len(self.names))
 
-    def generator(self) -> torch.Generator:
-        """For what a method draws itself."""
-        return torch.Generator().manual_seed(77_000 + self.seed)
-
     def fresh(self, salt: int = 0) -> nn.Module:
         """A model as every training of this search starts from it."""
         return training.fresh(self.problem, self._model_seed(salt), like=self.like, seed=self.seed)
 
     def path(
-        self, mixture: dict[str, float], *, steps: int, salt: int = 0
+        self,
+        mixture: dict[str, float],
+        *,
+        steps: int,
+        salt: int = 0,
+        rows: Sequence[Rows] | None = None,
     ) -> Iterator[training.Step]:
-        """A training on a mixture, step by step."""
-        options = {"model_seed": self._model_seed(salt), "like": self.like}
+        """A training on a mixture of the sources or of other rows, step by step."""
+        options = {"model_seed": self._model_seed(salt), "like": self.like, "rows": rows}
         for step in training.path(self.problem, mixture, steps=steps, seed=self.seed, **options):
             self.tokens += tokens(step.batch)
             yield step
@@ -116,10 +117,24 @@ class Lab:
         self.tokens += FORWARD * tokens(batch)
         return self.problem.losses(model, batch).double().cpu()
 
-    def target_loss(self, model: nn.Module) -> float:
-        """Mean loss over about as many rows of the target as the verdict takes of the test set."""
-        parts = list(self.rows(self.problem.target_rows, training.EVALUATED))
+    def trial(self, mixture: dict[str, float], spend: float) -> float:
+        """The target loss after a training on a mixture, both within `spend` tokens.
+
+        A seventh of the tokens at most goes into evaluation, on as many rows as the verdict takes.
+        """
+        target = self.problem.target_rows
+        row = FORWARD * mean_length(target)
+        count = max(8, min(training.EVALUATED, len(target), int(spend / 7 / row)))
+        model = self.train(mixture, steps=self.steps(spend - count * row, mixture))
+        parts = list(self.rows(target, count))
         return float(sum((part.share * self.losses(model, part)).sum() for part in parts))
+
+    def train_on_target(self, spend: float) -> nn.Module:
+        """A model trained on the target alone, for `spend` tokens."""
+        target = self.problem.target_rows
+        steps = max(1, int(spend / (self.problem.batch * mean_length(target))))
+        *_, last = self.path({target.name: 1.0}, steps=steps, rows=[target])
+        return last.model
 
     def _model_seed(self, salt: int) -> int:
         return 1_000_000 + 1_000 * self.seed + salt

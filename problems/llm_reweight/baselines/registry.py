@@ -8,19 +8,37 @@ from difflib import get_close_matches
 
 from bilevel import InputError
 from bilevel.fields import describe, read
+from bilevel.problems.llm_reweight.baselines.doremi import DoReMi
 from bilevel.problems.llm_reweight.baselines.fixed import Given, Temperature, Uniform
 from bilevel.problems.llm_reweight.baselines.influence import Influence
+from bilevel.problems.llm_reweight.baselines.less import LESS
 from bilevel.problems.llm_reweight.baselines.method import Method
 from bilevel.problems.llm_reweight.baselines.mixmin import MixMin
+from bilevel.problems.llm_reweight.baselines.random_search import RandomSearch
+from bilevel.problems.llm_reweight.baselines.regmix import RegMix
+from bilevel.problems.llm_reweight.baselines.rho import RHO
+from bilevel.problems.llm_reweight.baselines.sources import LeaveOneOut, Single
+from bilevel.problems.llm_reweight.baselines.tpe import TPE
+from bilevel.problems.llm_reweight.baselines.twins import Twins
 
 METHODS: dict[str, Method] = {
     "uniform": Uniform(),
     "size": Temperature(power=1.0),
     "temperature": Temperature(),
     "given": Given(),
+    "single": Single(),
+    "leave_one_out": LeaveOneOut(),
+    "random": RandomSearch(),
+    "tpe": TPE(),
+    "regmix": RegMix(),
     "mixmin": MixMin(),
     "influence": Influence(),
     "influence_sharp": Influence(sharpness=3.0),
+    "less": LESS(),
+    "rho": RHO(),
+    "doremi": DoReMi(),
+    "scalebio": Twins(solver="scalebio"),
+    "learned": Twins(),
 }
 
 
