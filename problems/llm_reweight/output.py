@@ -20,6 +20,7 @@ from bilevel.checkpoint import replace_text
 from bilevel.problems.llm_reweight import data, example_weights, spread, verdict, weighting
 from bilevel.problems.llm_reweight.examples import Source
 from bilevel.problems.llm_reweight.exports.shares import REPEATED
+from bilevel.problems.llm_reweight.journal import Journal
 from bilevel.problems.llm_reweight.problem import LLMReweight
 
 SCHEMA = "bilevel.llm_reweight/1"
@@ -34,24 +35,7 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
     body = describe(problem, result, out)
     write_weights(body, out)  # before the verdict, which takes longer and may be interrupted
     write_table(result, out)
-    judged = None
-    if problem.weigh == "examples":
-        judged = example_weights.finish(problem, result, out)
-    elif problem.verdict:
-        weights = {source["name"]: source["weight"] for source in body["sources"]}
-        mixtures = verdict.mixtures(problem, weights)
-        count = len(mixtures) * problem.verdict_seeds
-        print(
-            f"verdict: training {count} fresh models, {problem.verdict_steps} steps each",
-            flush=True,
-        )
-        judged = verdict.compare(problem, mixtures, like=result.y)
-    if judged:
-        body["verdict"] = judged
-        for name in ("uniform", "learned"):
-            losses = judged["losses"][name]
-            body["target"]["loss"][name] = sum(losses) / len(losses)
-        write_weights(body, out)
+    judged = _judge(problem, body, result, out)
     exported = _export(problem, out)
     from bilevel.problems.llm_reweight import report
 
@@ -64,8 +48,7 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
     words = body["spread"]["sentences"] + body["warnings"]
     if problem.weigh == "examples":
         words = [example_weights.sentence(result), *words]
-    judgement = judged["sentences"] if judged else []
-    return [f"learned weights: {shares}", *words, *judgement, *exported]
+    return [f"learned weights: {shares}", *words, *judged, *exported]
 
 
 def interim(problem: LLMReweight, result: Any, out: Path) -> None:
@@ -171,6 +154,36 @@ def _export(problem: LLMReweight, out: Path) -> list[str]:
         return replace(problem.exporter(), to=problem.export, force=True).write(out)
     except InputError as error:
         return [f"not exported: {fault}" for fault in error.faults]
+
+
+def _judge(problem: LLMReweight, body: dict[str, Any], result: Any, out: Path) -> list[str]:
+    """Add to the content of weights.json what fresh models say, where asked for; the sentences."""
+    weights = {source["name"]: source["weight"] for source in body["sources"]}
+    journal, lines = Journal(out / "trainings.jsonl"), []
+    mixtures = verdict.mixtures(problem, weights)
+    judged = None
+    if problem.weigh == "examples":
+        judged = example_weights.finish(problem, result, out)
+    elif problem.verdict:
+        count = len({tuple(m.values()) for m in mixtures.values()}) * problem.verdict_seeds
+        steps = f"{problem.verdict_steps} steps each"
+        print(f"verdict: training {count} fresh models, {steps}", flush=True)
+        judged = verdict.compare(problem, mixtures, like=result.y, journal=journal)
+    if judged:
+        body["verdict"] = judged
+        for name in ("uniform", "learned"):
+            losses = judged["losses"][name]
+            body["target"]["loss"][name] = sum(losses) / len(losses)
+        write_weights(body, out)
+        lines += judged["sentences"]
+    if problem.transfer:
+        rivals = {name: m for name, m in mixtures.items() if name != "oracle"}
+        print(f"transfer: training fresh models {problem.transfer} likewise", flush=True)
+        options = {"like": result.y, "journal": journal}
+        body["transfer"] = verdict.transferred(problem, rivals, **options)
+        write_weights(body, out)
+        lines += body["transfer"]["sentences"]
+    return lines
 
 
 def _sources(problem: LLMReweight, weights: dict[str, float]) -> list[dict[str, Any]]:

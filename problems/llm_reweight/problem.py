@@ -125,6 +125,8 @@ class LLMReweight(Problem):
     """Paired seeds of the comparison."""
     verdict_lr: float = 3e-3
     """Step size of AdamW in these trainings; suits the tiny model, a pretrained one needs less."""
+    transfer: str = ""
+    """Another model to judge the weights on: LAYERSxWIDTH of a tiny one, as 4x128, or a folder."""
     export: tuple[str, ...] = ()
     """Tools to write the weights for, as python -m bilevel.export --to does, such as 'trl,hf'."""
     data_seed: int = 0
@@ -250,6 +252,8 @@ class LLMReweight(Problem):
             faults += error.faults
         if self.model != "tiny":
             faults += model_module.check_folder(self.model)
+        if self.transfer:
+            faults += self._check_transfer()
         by_source = self.weigh != "examples" and not weighting_module.is_plain(self)
         if self.sources or self.target or by_source:
             try:
@@ -264,9 +268,20 @@ class LLMReweight(Problem):
                 faults += error.faults
         return faults
 
+    def _check_transfer(self) -> list[str]:
+        from bilevel.problems.llm_reweight import verdict
+
+        other = verdict.another(self, self.transfer)
+        faults = other.out_of_range() if other.model == "tiny" else []
+        if other.model != "tiny":
+            faults += model_module.check_folder(other.model)
+        if self.weigh == "examples":
+            faults.append("it judges weights of sources; leave it out where examples are weighed.")
+        return [f"of problem.transfer={self.transfer}: {fault}" for fault in faults]
+
     def fingerprint(self) -> dict[str, Any]:
         held = ("sources", "target", "test", "model", "allow_overlap", "verdict", "on_bad_record")
-        held += ("export",)
+        held += ("export", "transfer")
         held += ("device", "attention", "checkpointing", "loss_chunk")  # change rounding only
         own = {
             field.name: getattr(self, field.name)

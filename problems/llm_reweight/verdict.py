@@ -3,46 +3,129 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from bilevel.problems.llm_reweight.journal import Journal
 from bilevel.problems.llm_reweight.problem import LLMReweight
 from bilevel.problems.llm_reweight.training import evaluate, fit
 
+RIVALS = {"uniform": "uniform", "size": "size-proportional"}
+"""What the learned mixture is held against, and its name in a sentence."""
 
-def mixtures(problem: LLMReweight, weights: dict[str, float]) -> dict[str, dict[str, float]]:
-    """What the verdict compares: learned, uniform and, if it is known, the right source alone."""
-    found = {"learned": weights, "uniform": dict.fromkeys(weights, 1 / len(weights))}
+Mixtures = dict[str, dict[str, float]]
+"""By name, the share of each source."""
+
+
+def mixtures(problem: LLMReweight, weights: dict[str, float]) -> Mixtures:
+    """What the verdict compares: learned, uniform, size-proportional and the right source alone.
+
+    The share of a source by size is that of its rows; the right source is known in the
+    demonstration only.
+    """
+    total = sum(map(len, problem.rows))
+    found = {
+        "learned": weights,
+        "uniform": dict.fromkeys(weights, 1 / len(weights)),
+        "size": {rows.name: len(rows) / total for rows in problem.rows},
+    }
     if problem.data.relevant:
         found["oracle"] = {n: float(n == problem.data.relevant[0]) for n in weights}
     return found
 
 
 def compare(
-    problem: LLMReweight, mixtures: dict[str, dict[str, float]], like: Any = None
+    problem: LLMReweight,
+    mixtures: Mixtures,
+    like: Any = None,
+    *,
+    journal: Journal | None = None,
+    where: str = "",
 ) -> dict[str, Any]:
     """Train fresh models with every mixture; "learned" and "uniform" must be among them.
 
     Where `like` is an adapter, of fresh models an adapter of that kind trains; else everything.
+    What is in the `journal` is not trained again; `where` tells other models than the run's own.
     Seeds are paired: the same start, the same order within each source. Returns the test losses
     (mean over examples, nats per token), the paired differences and the sentences to print.
     """
-    seeds = range(problem.verdict_seeds)
-    losses = {n: [train(problem, m, seed=s, like=like) for s in seeds] for n, m in mixtures.items()}
-    return judged(problem, losses)
+    journal = journal or Journal()
+    seeds, options = range(problem.verdict_seeds), {"like": like, "where": where}
+    losses = {
+        name: [kept_loss(problem, m, s, journal, **options) for s in seeds]
+        for name, m in mixtures.items()
+    }
+    same = [r for r in RIVALS if r != "uniform" and mixtures.get(r) == mixtures["uniform"]]
+    return judged(problem, losses, unsaid=same)
 
 
-def judged(problem: LLMReweight, losses: dict[str, list[float]]) -> dict[str, Any]:
-    """The verdict on test losses by mixture and seed."""
-    gains = [u - w for u, w in zip(losses["uniform"], losses["learned"], strict=True)]
+def judged(
+    problem: LLMReweight, losses: dict[str, list[float]], *, unsaid: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The verdict on test losses by mixture and seed; no sentence about the rivals `unsaid`."""
+    gains = {
+        rival: differences(losses[rival], losses["learned"]) for rival in RIVALS if rival in losses
+    }
     means = {name: statistics.fmean(values) for name, values in losses.items()}
     gap = means["uniform"] - means.get("oracle", means["uniform"])
     return {
         "steps": problem.verdict_steps,
         "losses": losses,
-        "gain_over_uniform": gains,
-        "gap_closed": statistics.fmean(gains) / gap if gap > 0 else None,
-        "sentences": _sentences(means, gains, gap),
+        **{f"gain_over_{rival}": values for rival, values in gains.items()},
+        "gap_closed": statistics.fmean(gains["uniform"]) / gap if gap > 0 else None,
+        "sentences": _sentences(means, {r: g for r, g in gains.items() if r not in unsaid}, gap),
     }
+
+
+def transferred(
+    problem: LLMReweight, mixtures: Mixtures, like: Any = None, *, journal: Journal | None = None
+) -> dict[str, Any]:
+    """What `compare` returns where the fresh models are those of `problem.transfer`."""
+    name = problem.transfer
+    other = another(problem, name)
+    kept = ["data"] + (["tokenizer", "_tokenized"] if problem.model == other.model else [])
+    vars(other).update({key: getattr(problem, key) for key in kept})  # as cached_property would
+    judged = compare(other, mixtures, like, journal=journal, where=name)
+    judged["sentences"] = [f"on {name}: {line}" for line in judged["sentences"]]
+    return judged | {"model": name}
+
+
+def another(problem: LLMReweight, name: str) -> LLMReweight:
+    """The same problem with another model.
+
+    Args:
+        problem: Whose other options are kept.
+        name: LAYERSxWIDTH of the tiny model, a folder or a hub name.
+    """
+    layers, _, width = name.partition("x")
+    shape = layers.isdecimal() and width.isdecimal()
+    changes = {"model": "tiny", "layers": int(layers), "width": int(width)} if shape else {}
+    return replace(problem, **(changes or {"model": name}), transfer="")
+
+
+def kept_loss(
+    problem: LLMReweight,
+    mixture: dict[str, float],
+    seed: int,
+    journal: Journal,
+    *,
+    like: Any = None,
+    where: str = "",
+) -> float:
+    """What `train` returns, from the journal if it is there.
+
+    Args:
+        problem: As for `train`, like all but the last two.
+        mixture: The share of each source.
+        seed: Of start and rows.
+        journal: Of one run: what is fixed within that is not part of the key.
+        like: An adapter, if one is to be trained.
+        where: What else tells this training from others in the journal.
+    """
+    key = {"training": mixture, "seed": seed, "where": where}
+    key |= {"steps": problem.verdict_steps, "lr": problem.verdict_lr}
+    return journal.keep(key, lambda: train(problem, mixture, seed=seed, like=like))
 
 
 def train(problem: LLMReweight, mixture: dict[str, float], *, seed: int, like: Any = None) -> float:
@@ -51,29 +134,49 @@ def train(problem: LLMReweight, mixture: dict[str, float], *, seed: int, like: A
     return evaluate(model, problem.test_rows)
 
 
-def _sentences(means: dict[str, float], gains: list[float], gap: float) -> list[str]:
-    table = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-    lines = [f"test loss of fresh models, mean over {len(gains)} paired seeds: {table}"]
-    mean, half = statistics.fmean(gains), _half_interval(gains)
-    span = f"{mean:+.3f} nats, 95 % interval {mean - half:+.3f} to {mean + half:+.3f}"
-    if mean - half > 0:
-        won = sum(g > 0 for g in gains)
-        lines.append(f"the learned mixture beats uniform in {won} of {len(gains)} seeds ({span})")
-    elif mean + half < 0:
-        lines.append(f"the learned mixture is worse than uniform ({span})")
-    else:
-        lines.append(f"no evidence against uniform ({span})")
-    if gap > 0:
-        share = f"{mean / gap:.0%}"
-        lines.append(f"{share} of the gap from uniform to the one right source is closed")
-    return lines
+def differences(others: Sequence[float], own: Sequence[float]) -> list[float]:
+    """By how much each of `own` is below its pair."""
+    return [other - mine for other, mine in zip(others, own, strict=True)]
 
 
-def _half_interval(values: list[float]) -> float:
-    """Half the 95 % interval of a mean by Student's t; infinite for one value."""
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean by Student's t; infinite for one value.
+
+    >>> [round(end, 4) for end in interval([0.30, 0.32, 0.31])]
+    [0.2852, 0.3348]
+    """
     if len(values) < 2:
-        return float("inf")
+        return -float("inf"), float("inf")
     from scipy import stats
 
-    spread = statistics.stdev(values) / len(values) ** 0.5
-    return float(stats.t.ppf(0.975, len(values) - 1)) * spread
+    mean, spread = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread
+    return mean - half, mean + half
+
+
+def spanned(values: Sequence[float]) -> str:
+    """A mean with its interval, in words."""
+    low, high = interval(values)
+    return f"{statistics.fmean(values):+.3f} nats, 95 % interval {low:+.3f} to {high:+.3f}"
+
+
+def _sentences(means: dict[str, float], gains: dict[str, list[float]], gap: float) -> list[str]:
+    table = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+    count = len(gains["uniform"])
+    lines = [f"test loss of fresh models, mean over {count} paired seeds: {table}"]
+    for rival, values in gains.items():
+        low, high = interval(values)
+        name, span = RIVALS[rival], spanned(values)
+        if low > 0:
+            won = sum(g > 0 for g in values)
+            lines.append(
+                f"the learned mixture beats {name} in {won} of {len(values)} seeds ({span})"
+            )
+        elif high < 0:
+            lines.append(f"the learned mixture is worse than {name} ({span})")
+        else:
+            lines.append(f"no evidence against {name} ({span})")
+    if gap > 0:
+        share = f"{statistics.fmean(gains['uniform']) / gap:.0%}"
+        lines.append(f"{share} of the gap from uniform to the one right source is closed")
+    return lines
