@@ -183,6 +183,11 @@ def _judge(problem: LLMReweight, body: dict[str, Any], result: Any, out: Path) -
         body["transfer"] = verdict.transferred(problem, rivals, **options)
         write_weights(body, out)
         lines += body["transfer"]["sentences"]
+    if problem.compare:
+        from bilevel.problems.llm_reweight.baselines import comparison
+
+        search = comparison.searched(problem, result, out)
+        lines += comparison.write(problem, search, out, journal)
     return lines
 
 

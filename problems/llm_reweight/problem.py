@@ -127,6 +127,10 @@ class LLMReweight(Problem):
     """Step size of AdamW in these trainings; suits the tiny model, a pretrained one needs less."""
     transfer: str = ""
     """Another model to judge the weights on: LAYERSxWIDTH of a tiny one, as 4x128, or a folder."""
+    compare: tuple[str, ...] = ()
+    """Methods to hold the learned weights against, such as size,mixmin,influence; or all."""
+    compare_tokens: int = 0
+    """Tokens that each of their searches may use; 0 takes what learning the weights used."""
     export: tuple[str, ...] = ()
     """Tools to write the weights for, as python -m bilevel.export --to does, such as 'trl,hf'."""
     data_seed: int = 0
@@ -231,7 +235,7 @@ class LLMReweight(Problem):
     def out_of_range(self) -> list[str]:
         """Every option that no data and no machine could make right, as sentences."""
         least = {"batch": 1, "target_batch": 1, "max_length": 2, "layers": 1, "micro_batch": 0}
-        least |= {"verdict_steps": 1, "verdict_seeds": 1, "loss_chunk": 0}
+        least |= {"verdict_steps": 1, "verdict_seeds": 1, "loss_chunk": 0, "compare_tokens": 0}
         faults = [
             f"problem.{name} must be at least {bound}, got {getattr(self, name)}."
             for name, bound in least.items()
@@ -254,9 +258,18 @@ class LLMReweight(Problem):
             faults += model_module.check_folder(self.model)
         if self.transfer:
             faults += self._check_transfer()
+        if self.compare and self.weigh == "examples":
+            faults.append(
+                "problem.compare holds weights of sources against each other; leave it out where "
+                "problem.weigh=examples."
+            )
         by_source = self.weigh != "examples" and not weighting_module.is_plain(self)
-        if self.sources or self.target or by_source:
+        if self.sources or self.target or by_source or self.compare:
             try:
+                if self.compare:
+                    from bilevel.problems.llm_reweight.baselines import comparison
+
+                    comparison.chosen(self.compare, self.names)
                 if 0 < self.batch < len(self.names) and self.weigh != "examples":
                     faults.append(
                         "problem.batch must be at least the number of sources, "
@@ -281,7 +294,7 @@ class LLMReweight(Problem):
 
     def fingerprint(self) -> dict[str, Any]:
         held = ("sources", "target", "test", "model", "allow_overlap", "verdict", "on_bad_record")
-        held += ("export", "transfer")
+        held += ("export", "transfer", "compare", "compare_tokens")
         held += ("device", "attention", "checkpointing", "loss_chunk")  # change rounding only
         own = {
             field.name: getattr(self, field.name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from bilevel import Solver, State, plugins
+from bilevel.problems.llm_reweight import weighting
 from bilevel.problems.llm_reweight.baselines.lab import Lab, search_tokens
 from bilevel.problems.llm_reweight.baselines.method import Found, Method
 from bilevel.problems.llm_reweight.spread import averaged_weights
@@ -35,7 +36,8 @@ class Twins(Method):
 
         result = solve(problem, self._solver(lab), steps=10**9, callbacks=[stop], **options)
         lab.tokens += search_tokens(problem, result.counts)
-        return Found(weights=averaged_weights(result.history), note=f"{result.nit} steps")
+        weights = weighting.settled(problem, averaged_weights(result.history))
+        return Found(weights=weights, note=f"{result.nit} steps")
 
     def _solver(self, lab: Lab) -> Solver:
         own = lab.solver or plugins.find("solver", lab.problem.default_solver)()
