@@ -31,9 +31,14 @@ def write(
     notes: Sequence[str],
     rows: Sequence[dict[str, Any]],
     columns: Sequence[str],
+    *,
+    script: str = "",
 ) -> None:
-    """Write results/`name`.json with all of it, .md with `columns` of the rows; print the table."""
-    print(save(name, title, notes, rows, columns))
+    """Write results/`name`.json with all of it, .md with `columns` of the rows; print the table.
+
+    `script` is the benchmark's own name where it writes several results.
+    """
+    print(save(name, title, notes, rows, columns, script=script))
 
 
 def save(
@@ -44,9 +49,10 @@ def save(
     columns: Sequence[str],
     *,
     folder: Path = RESULTS,
+    script: str = "",
 ) -> str:
     """Write `name`.json with all of it and .md with `columns` of the rows; returns the latter."""
-    command = " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    command = " ".join(["python", f"benchmarks/{script or name}.py", *sys.argv[1:]])
     folder.mkdir(parents=True, exist_ok=True)
     body = {"command": command, "machine": machine(), "notes": list(notes), "rows": list(rows)}
     (folder / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n")
