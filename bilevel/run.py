@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-import math
-import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -18,14 +14,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch.distributed as dist
-import yaml
 
-from bilevel import checkpoint, fields, plugins, processes
+from bilevel import checkpoint, plugins, processes
 from bilevel.check import probe
 from bilevel.errors import InputError
+from bilevel.folder import claim, fingerprint, folders, options_of, place, write_result
 from bilevel.launch import Launcher
 from bilevel.lora import Adapter
-from bilevel.options import CHOICES, KINDS, Options, Settings, help_text, parse
+from bilevel.options import CHOICES, KINDS, Options, help_text, parse
 from bilevel.piped import unbroken
 from bilevel.problem import Problem
 from bilevel.result import Result, Status, together
@@ -34,9 +30,6 @@ from bilevel.solver import State
 from bilevel.tracking import Watch
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-
-MOVES = ("offload",)
-"""Options of a memory strategy that say where numbers are, not which; they may change."""
 """Ctrl-C, and what schedulers send before they take a machine away."""
 
 USAGE = """usage: python -m bilevel.run problem=NAME [solver=NAME] [memory=NAME] [KEY=VALUE ...]
@@ -87,7 +80,7 @@ def _run(options: Options, words: list[str]) -> int:
             f"launcher={options.names['launcher']} runs in one process, but {processes.expected()} "
             "were started; use launcher=fsdp2 or launcher=ddp, or start without torchrun."
         )
-    out = Path(_on_main(launcher, lambda: str(_place(options))))
+    out = Path(_on_main(launcher, lambda: str(place(options))))
     if options.problem.probed and (faults := probe(options.problem, options.solver.order)):
         raise InputError(faults)
     notes = options.problem.prepare() + options.solver.notes(options.problem)
@@ -98,14 +91,14 @@ def _run(options: Options, words: list[str]) -> int:
         memory=options.memory,
         launcher=launcher,
     )
-    out = Path(_on_main(launcher, lambda: str(_claim(out, options))))
+    out = Path(_on_main(launcher, lambda: str(claim(out, options))))
     if notes and launcher.is_main:
         print("\n".join(notes), flush=True)
     results: list[Result] = []
     folder = out
     try:
         with _logged(out / "log.txt") if launcher.is_main else nullcontext():
-            for seed, folder in _folders(out, settings).items():
+            for seed, folder in folders(out, settings).items():
                 results = [replace(earlier, y=None) for earlier in results]  # makes room
                 own = replace(options, settings=replace(settings, seed=seed))
                 results.append(_search(own, folder, state, results, out))
@@ -116,7 +109,7 @@ def _run(options: Options, words: list[str]) -> int:
             if not launcher.is_main:
                 return 0 if result.success else 1
             if settings.seeds > 1:
-                _write_result(out, result)
+                write_result(out, result)
             if not result.success:
                 options.problem.interim(result, out)
                 kept = checkpoint.latest(folder / "checkpoints")
@@ -127,12 +120,12 @@ def _run(options: Options, words: list[str]) -> int:
         if not launcher.is_main:
             return 130
         step = _step(checkpoint.latest(folder / "checkpoints"))
-        place = f"step {step}" + (f" of {folder.name}" if folder != out else "")
+        at = f"step {step}" + (f" of {folder.name}" if folder != out else "")
         same = [w for w in words if not w.removeprefix("--").startswith("out=")]
         count = launcher.world_size
         starter = ["python"] if count == 1 else ["torchrun", f"--nproc-per-node={count}"]
         again = shlex.join([*starter, "-m", "bilevel.run", *same, f"out={out}"])
-        print(f"interrupted; saved at {place}. Go on with:\n  {again}", file=sys.stderr)
+        print(f"interrupted; saved at {at}. Go on with:\n  {again}", file=sys.stderr)
         return 130
     print(f"written to {out}")
     return 0
@@ -154,7 +147,7 @@ def _search(
         lines += [f"going on from {done}"] if done else []
         print("\n".join([*lines, ""]), end="", flush=True)
     progress = _Progress(problem, settings.steps, _step(done), launcher.is_main)
-    written = _saved(out) if launcher.is_main else {}
+    written = options_of(out) if launcher.is_main else {}
     watch = Watch(folder, done=_step(done), track=settings.track, options=written)
 
     def saved(result: Result) -> None:
@@ -172,7 +165,7 @@ def _search(
             callbacks=[watch, progress],
             checkpoints=folder / "checkpoints",
             checkpoint_every=settings.checkpoint_every,
-            fingerprint=_fingerprint(options),
+            fingerprint=fingerprint(options),
             resume=True,
             state=state,
             on_save=saved,
@@ -181,7 +174,7 @@ def _search(
         result.y.save_pretrained(folder / "adapter", main=launcher.is_main)
     stopped = result.status is Status.STOPPED
     if launcher.is_main:
-        _write_result(folder, result)
+        write_result(folder, result)
         if stopped:
             problem.interim(together([*earlier, result]), out)
     if stopped or (progress.interrupted and launcher.world_size == 1):
@@ -190,14 +183,6 @@ def _search(
     if plain and launcher.world_size == 1 and result.success:
         result = audited(problem, result)
     return result
-
-
-def _folders(out: Path, settings: Settings) -> dict[int, Path]:
-    """The folder of each seed: that of the run for one alone."""
-    if settings.seeds == 1:
-        return {settings.seed: out}
-    seeds = range(settings.seed, settings.seed + settings.seeds)
-    return {seed: out / f"seed-{seed}" for seed in seeds}
 
 
 @contextmanager
@@ -234,115 +219,8 @@ def _on_main(launcher: Launcher, function: Callable[[], str]) -> str:
     return answer["text"]
 
 
-def _place(options: Options) -> Path:
-    """The folder to write into; nothing is written yet.
-
-    Raises:
-        InputError: If it cannot be written, or holds anything but this run.
-    """
-    label = options.names["problem"].replace(":", "-")
-    out = Path(options.settings.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}")
-    try:
-        parent = next(p for p in [out, *out.absolute().parents] if p.exists())
-        if not parent.is_dir():
-            raise InputError(f"out={out}: {parent} is a file, expected a folder; choose another.")
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise InputError(f"out={out} cannot be written: no permission on {parent}.")
-        if not out.is_dir() or all(path.name.startswith(".") for path in out.iterdir()):
-            return out
-        identity = out / "fingerprint.json"
-        if options.settings.resume == "never" or not identity.exists():
-            auto = options.settings.resume == "auto"
-            more = "." if auto else ", or resume=auto to go on with it."
-            raise InputError(f"out={out} already holds files; choose another folder{more}")
-        saved = json.loads(identity.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"out={out} cannot be used: {error}; choose another.") from None
-    other = checkpoint.differences(saved, _fingerprint(options))
-    if other:
-        raise InputError(
-            f"out={out} holds a run with other settings or data ({'; '.join(other)}); choose "
-            "another folder, or give what that run was given."
-        )
-    return out
-
-
-def _claim(out: Path, options: Options) -> Path:
-    """Make the folder, one of its own for a run without out=, and write what identifies the run."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        label = out.name
-        free = (out.with_name(f"{label}-{i}") for i in range(2, 1000))
-        while not options.settings.out and _taken(out):
-            out = next(free)
-        out.mkdir(exist_ok=True)
-        identity = json.dumps(_fingerprint(options), indent=1)
-        checkpoint.replace_text(out / "fingerprint.json", identity)
-        body: dict[str, Any] = dataclasses.asdict(options.settings)
-        for kind in KINDS:
-            own = dataclasses.asdict(getattr(options, kind))
-            body[kind] = {"name": options.names[kind]} | {k: _plain(v) for k, v in own.items()}
-        checkpoint.replace_text(out / "config.yaml", yaml.safe_dump(body, sort_keys=False))
-    except (OSError, ValueError) as error:  # a ValueError for a name with a null byte
-        raise InputError(f"out={out} cannot be written: {error}; choose another.") from None
-    return out
-
-
-def _saved(out: Path) -> dict[str, Any]:
-    """The options that `_claim` wrote."""
-    return yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
-
-
-def _taken(out: Path) -> bool:
-    try:
-        out.mkdir()
-    except FileExistsError:
-        return True
-    return False
-
-
-def _fingerprint(options: Options) -> dict[str, Any]:
-    """What another run must share with this one to go on from it."""
-    flat: dict[str, Any] = {k: v for k, v in options.names.items() if k != "launcher"}
-    for kind in ("solver", "memory"):
-        part = getattr(options, kind)
-        names = [f.name for f in dataclasses.fields(part) if f.name not in MOVES]
-        flat |= {f"{kind}.{name}": getattr(part, name) for name in names}
-    flat |= {f"problem.{k}": v for k, v in options.problem.fingerprint().items()}
-    flat |= {"seed": options.settings.seed}
-    flat |= {"seeds": "several"} if options.settings.seeds > 1 else {}  # their number may change
-    return json.loads(json.dumps(flat, default=str))
-
-
-def _plain(value: Any) -> Any:
-    """A field's value as YAML can hold it and `fields.read` reads it."""
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, bool | int | float | str) else fields.written(value)
-
-
 def _step(path: Path | None) -> int:
     return int(path.name.partition("-")[2]) if path else 0
-
-
-def _write_result(out: Path, result: Result) -> None:
-    """The summary of one search, or of several, and the rows of one."""
-    body = _summary(result)
-    if result.repeats:
-        body["repeats"] = [_summary(repeat) for repeat in result.repeats]
-    else:
-        rows = "".join(json.dumps(row) + "\n" for row in result.history)
-        checkpoint.replace_text(out / "trajectory.jsonl", rows)
-    checkpoint.replace_text(out / "result.json", json.dumps(body, indent=1))
-
-
-def _summary(result: Result) -> dict[str, Any]:
-    body = {"status": result.status.name, "message": result.message, "nit": result.nit}
-    losses = {"upper": result.upper, "lower": result.lower}
-    body |= {k: v if math.isfinite(v) else None for k, v in losses.items()}
-    return body | {"counts": result.counts}
 
 
 @contextmanager

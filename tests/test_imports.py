@@ -21,6 +21,7 @@ ORDER = [
     ["testing"],
     ["__init__"],
     ["options"],
+    ["folder"],
     ["report", "run", "plan", "export"],
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
