@@ -109,7 +109,7 @@ def _turn(message: object, what: str, where: str, faults: list[str]) -> Turn | N
         if role == "system":
             return None
         text = ""
-    elif missing and message.get("from") == "function_call":
+    elif missing and (message.get("tool_calls") or message.get("from") == "function_call"):
         return None  # told above
     else:
         text = _content(content, f"{what}.content", where, faults, trained)

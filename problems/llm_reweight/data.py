@@ -11,6 +11,7 @@ from bilevel import InputError
 from bilevel.problems.llm_reweight import embedded
 from bilevel.problems.llm_reweight.examples import Example, Source
 from bilevel.problems.llm_reweight.formats import FIELDS, Reading
+from bilevel.problems.llm_reweight.indexed import Lines
 from bilevel.problems.llm_reweight.records import (
     name_paths,
     overlaps,
@@ -67,6 +68,7 @@ def read(options: LLMReweight) -> Data:
     target = found.pop("target")
     test = found.pop("test", None)
     held = [target] if test is None else [target, test]
+    notes += _large(list(found.values()), held)
     notes += _check_overlap(found, held, allowed=options.allow_overlap)
     if test is None:
         target, test = _hold_out(target)
@@ -142,6 +144,7 @@ def _reading(options: LLMReweight, columns: Sequence[tuple[str, str]]) -> Readin
         use_chosen=options.use_chosen,
         as_chat=options.template != "auto",
         skip=options.on_bad_record == "skip",
+        held=options.held_megabytes * 1_000_000,
     )
 
 
@@ -190,12 +193,29 @@ def _left_out(source: Source) -> list[str]:
     if not source.skipped:
         return []
     count = "1 bad record" if source.skipped == 1 else f"{source.skipped:,} bad records"
+    if isinstance(source.examples, Lines):
+        count += f" among the {len(source.examples.looked_at()):,} looked at"
     return [f"warning: {source.name}: {count} left out, such as {source.complaints[0]}"]
+
+
+def _large(sources: Sequence[Source], held: Sequence[Source]) -> list[str]:
+    """What is done otherwise with files that are not held in memory."""
+    large = [s for s in (*sources, *held) if isinstance(s.examples, Lines)]
+    return [
+        f"{source.name}: {source.size:,} bytes are read as they are drawn; "
+        f"{len(source.examples.looked_at()):,} records were looked at, repeated records and those "
+        "of the target are told by equal lines, and numbers of tokens are estimates"
+        for source in large
+        if isinstance(source.examples, Lines)
+    ]
 
 
 def _hold_out(target: Source) -> tuple[Source, Source]:
     from dataclasses import replace
 
+    if isinstance(target.examples, Lines):
+        test = replace(target, name="test", examples=target.examples.part(3, 4))
+        return replace(target, examples=target.examples.without(3, 4)), test
     test = tuple(e for i, e in enumerate(target.examples) if i % 4 == 3)
     rest = tuple(e for i, e in enumerate(target.examples) if i % 4 != 3)
     if not test:

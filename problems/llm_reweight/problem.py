@@ -117,6 +117,8 @@ class LLMReweight(Problem):
     """Train on the last answer of a conversation only."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """What to do with records that cannot be used: stop, or leave them out and count them."""
+    held_megabytes: int = 64
+    """Size up to which a file is held in memory; JSON Lines above it are read as they are drawn."""
     verdict: bool = True
     """Whether to train fresh models with the learned mixture and with uniform, and compare."""
     verdict_steps: int = 200
@@ -160,7 +162,7 @@ class LLMReweight(Problem):
         pieces = (
             templates_module.write(example, self.style, template)[0]
             for source in sources
-            for example in distinct(source)[:2000]
+            for example in distinct(source, 2000)
         )
         return model_module.tiny_tokenizer(text for segments in pieces for text, _ in segments)
 
@@ -236,6 +238,7 @@ class LLMReweight(Problem):
         """Every option that no data and no machine could make right, as sentences."""
         least = {"batch": 1, "target_batch": 1, "max_length": 2, "layers": 1, "micro_batch": 0}
         least |= {"verdict_steps": 1, "verdict_seeds": 1, "loss_chunk": 0, "compare_tokens": 0}
+        least |= {"held_megabytes": 1}
         faults = [
             f"problem.{name} must be at least {bound}, got {getattr(self, name)}."
             for name, bound in least.items()

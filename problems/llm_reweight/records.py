@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,20 @@ from bilevel.problems.llm_reweight.examples import Example, Former, Source
 from bilevel.problems.llm_reweight.faults import SHOWN, fault, first
 from bilevel.problems.llm_reweight.files import Bad, Record
 from bilevel.problems.llm_reweight.formats import Reading
+from bilevel.problems.llm_reweight.indexed import Lines, is_large, read_large, same_lines
 
 
 def read_source(name: str, path: str | os.PathLike[str], reading: Reading | None = None) -> Source:
     """Read one file of records, its format told by its first record.
 
+    Of JSON Lines larger than `reading.held` the lines are indexed, and read when asked for.
+
     Raises:
         InputError: With the file's faults, five written out and the others counted.
     """
     shown, reading = os.fspath(path), reading or Reading()
+    if is_large(shown, reading):
+        return read_large(name, shown, reading)
     data = files.read_bytes(shown)
     records, bad, plain = files.parse(data, shown, skip=reading.skip)
     if plain:
@@ -122,13 +127,27 @@ def name_paths(entries: Sequence[str]) -> dict[str, str]:
 def overlaps(a: Source, b: Source) -> list[tuple[int, int]]:
     """Return record numbers (in a, in b) with the same text once runs of whitespace are one space.
 
-    A record of `a` comes once at most, with the first record of `b` that has its text.
+    A record of `a` comes once at most, with the first record of `b` that has its text. Where one
+    of them is not held in memory, its lines are compared byte for byte, and some records by text.
     """
     first: dict[bytes, int] = {}
-    for example in b.examples:
+    for example in _compared(b):
         first.setdefault(_digest(example), example.index)
-    pairs = ((example.index, first.get(_digest(example))) for example in a.examples)
-    return [(i, j) for i, j in pairs if j is not None]
+    pairs = ((example.index, first.get(_digest(example))) for example in _compared(a))
+    found = {i: j for i, j in pairs if j is not None}
+    if isinstance(a.examples, Lines):
+        found = dict(same_lines(a.examples, b)) | found
+    elif isinstance(b.examples, Lines):
+        found = {i: j for j, i in reversed(same_lines(b.examples, a))} | found
+    return sorted(found.items())
+
+
+def _compared(source: Source) -> Iterable[Example]:
+    """The records that are compared by their text."""
+    if not isinstance(source.examples, Lines):
+        return source.examples
+    read = (source.examples.read(int(n))[0] for n in source.examples.looked_at())
+    return (example for example in read if example is not None)
 
 
 def _digest(example: Example) -> bytes:

@@ -14,6 +14,8 @@ from bilevel import InputError, Stream
 from bilevel.problems.llm_reweight.examples import Example, Source
 from bilevel.problems.llm_reweight.faults import fault, first
 from bilevel.problems.llm_reweight.formats import Segments
+from bilevel.problems.llm_reweight.indexed import Lines
+from bilevel.problems.llm_reweight.on_demand import OnDemand
 from bilevel.problems.llm_reweight.templates import Style, Template, Unwritable, choose, write
 
 
@@ -85,6 +87,8 @@ def tokenize(
     Raises:
         InputError: If a record has no token left to train on, or cannot be written; says which.
     """
+    if isinstance(source.examples, Lines):
+        return _drawn(source, source.examples, tokenizer, max_length, style or Style())
     examples = distinct(source)
     written, faults = write_all(source, examples, style or Style(), tokenizer)
     ids, trained, records, truncated = [], [], [], 0
@@ -161,10 +165,27 @@ def _cuts(
     return [(part, (False, *kept[1:])) for part, kept in cuts if any(kept[1:])]
 
 
-def distinct(source: Source) -> list[Example]:
-    """The examples of a source, of equal ones the first."""
+def _drawn(source: Source, lines: Lines, tokenizer: Any, max_length: int, style: Style) -> Rows:
+    """Rows that are made as they are drawn, see `OnDemand`."""
+    drawn = OnDemand(source, lines, tokenizer, max_length, style)
+    ids, trained, records = drawn.columns()
+    return Rows(
+        name=source.name,
+        ids=ids,
+        trained=trained,
+        records=records,
+        truncated=drawn.truncated,
+        duplicates=len(lines) - len(drawn.numbers),
+        estimate=drawn.trained_tokens,
+    )
+
+
+def distinct(source: Source, most: int | None = None) -> list[Example]:
+    """The examples of a source, of equal ones the first; the first `most` of them."""
     found: dict[object, Example] = {}
     for example in source.examples:
+        if most is not None and len(found) == most:
+            break
         found.setdefault((example.segments, example.chat), example)
     return list(found.values())
 
@@ -179,7 +200,7 @@ class Stratified(Stream):
     def __init__(self, sources: Sequence[Rows], *, rows: Sequence[int], seed: int) -> None:
         self.sources, self.rows, self.seed = sources, rows, seed
         self.position = 0
-        self._orders: dict[tuple[str, int], list[int]] = {}
+        self._orders: dict[tuple[str, int], Tensor] = {}
 
     def __next__(self) -> Batch:
         picks = [
@@ -204,8 +225,8 @@ class Stratified(Stream):
             self._orders.pop((source.name, epoch - 2), None)
             digest = hashlib.sha256(f"{self.seed}/{source.name}/{epoch}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            self._orders[key] = torch.randperm(len(source), generator=generator).tolist()
-        return self._orders[key][place]
+            self._orders[key] = torch.randperm(len(source), generator=generator).int()
+        return int(self._orders[key][place])
 
 
 def collate(

@@ -111,7 +111,8 @@ class Drawn:
         picks = []
         for k, count in enumerate(counts(self.shares, self.total, self.generator)):
             for _ in range(count):
-                picks.append((k, self._orders[k][self._drawn[k] % len(self.rows[k])]))
+                place = self._drawn[k] % len(self.rows[k])
+                picks.append((k, int(self._orders[k][place])))
                 self._drawn[k] += 1
         return collate(self.rows, picks, [1 / len(picks)] * len(picks))
 
@@ -125,5 +126,5 @@ def counts(shares: torch.Tensor, total: int, generator: torch.Generator) -> list
     return edges.clamp(max=total).diff().tolist()
 
 
-def _order(rows: Rows, seed: int) -> list[int]:
-    return torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+def _order(rows: Rows, seed: int) -> torch.Tensor:
+    return torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).int()
