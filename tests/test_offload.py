@@ -132,6 +132,19 @@ def test_one_copy_is_on_the_device_at_a_time(offload, share):
         assert between == pytest.approx(model - own, abs=few) and host == 2 * (own + moments)
 
 
+def test_blocks_that_are_drawn_while_a_copy_is_away_go_there_too():
+    with fake() as storage:
+        problem, memory = Watched(storage), LISA(gamma=1, period=1, offload="states")
+        solver, launcher = scalebio(warmup=0), bilevel.Single()
+        state = solver.init(problem, memory, launcher, torch.Generator().manual_seed(0))
+        problem.seen.clear()
+        while len(state.memory.drawn) < 2:
+            first = len(problem.seen)
+            state = solver.step(problem, launcher, state)
+    model = sum(4 * p.numel() for p in problem.model.parameters())
+    assert problem.seen[first][1] == pytest.approx(model, abs=4096)  # a block has 10,368 bytes
+
+
 @pytest.mark.parametrize("offload", WAYS)
 def test_what_is_shared_stays_and_what_is_not_moves(offload):
     state, _ = run(Tokens(), offload, steps=3)
@@ -229,6 +242,7 @@ def test_the_command_line_goes_on_elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; torch finds none")
 @pytest.mark.parametrize("offload", WAYS)
 def test_a_gpu_gets_the_same_numbers_and_keeps_less(offload):
     class There(Tokens):
