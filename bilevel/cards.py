@@ -1,11 +1,20 @@
-"""Accelerator cards: what a plan needs of them, from their makers' data sheets."""
+"""Accelerator cards: what a plan needs of them, from data sheets, or of this machine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import time
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
+import torch
+
 from bilevel.errors import InputError
+
+SIZE = 1024
+"""Of the square matrices whose product is timed."""
+SLOW = 10e9
+"""Bytes per second of the paths of a machine that no data sheet describes: a low guess."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +34,10 @@ class Card:
     """Bytes per second and direction to the memory of its machine, pinned: PCIe x16."""
     source: str
     """Where the numbers are from."""
+    kind: str = "cuda"
+    """The type of torch's device: cuda or cpu."""
+    half: bool = True
+    """Whether it computes in bfloat16."""
 
 
 CARDS = {
@@ -80,7 +93,7 @@ CARDS = {
 
 
 def find(name: str) -> Card:
-    """The card of that name, any case.
+    """The card of that name, any case; 'here' is what this machine has.
 
     Raises:
         InputError: If there is none; names the nearest.
@@ -89,8 +102,61 @@ def find(name: str) -> Card:
     83700000000.0
     """
     key = name.lower()
+    if key == "here":
+        return here()
     if key in CARDS:
         return CARDS[key]
     near = get_close_matches(key, CARDS, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"unknown device {name!r}; {hint}Choices: {', '.join(CARDS)}.")
+    raise InputError(f"unknown device {name!r}; {hint}Choices: here, {', '.join(CARDS)}.")
+
+
+def here() -> Card:
+    """The accelerator of this machine, or its processors; what no data sheet says is measured."""
+    if not torch.cuda.is_available():
+        rate = product_rate("cpu", torch.float32)
+        words = f"this machine: its memory, and {rate / 1e9:.0f} GFLOP/s of one product in float32"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Card(
+            name="here",
+            usable=float(memory),
+            flops=rate,
+            bandwidth=SLOW,
+            link=SLOW,
+            host=SLOW,
+            source=words,
+            kind="cpu",
+            half=False,
+        )
+    shown, half = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported()
+    usable = float(torch.cuda.get_device_properties(0).total_memory)
+    words = f"this machine's {shown}: its memory as CUDA gives it"
+    known = [card for name, card in CARDS.items() if name.partition("-")[0] in shown.lower()]
+    if known:
+        near = min(known, key=lambda card: abs(card.usable - usable))
+        return replace(
+            near, name="here", usable=usable, half=half, source=f"{words}; {near.source}"
+        )
+    rate = product_rate("cuda", torch.bfloat16 if half else torch.float32)
+    words += f", and {rate / 1e12:.0f} TFLOP/s of one product"
+    return Card(
+        name="here",
+        usable=usable,
+        flops=rate,
+        bandwidth=SLOW,
+        link=SLOW,
+        host=SLOW,
+        source=words,
+        half=half,
+    )
+
+
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations per second of one product of two square matrices, the best of three."""
+    a = torch.ones(SIZE, SIZE, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * SIZE**3 / best

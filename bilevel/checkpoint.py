@@ -55,6 +55,7 @@ def save(
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(state, tensors)
+    _separate(tensors)
     final = folder / f"step-{state['step']:08d}"
     partial = folder / ".partial-new"
     if main:
@@ -227,7 +228,7 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         name = f"t{len(tensors)}"
         own = value.detach()
-        tensors[name] = own if is_sharded(own) else own.cpu().contiguous().clone()
+        tensors[name] = own if is_sharded(own) else own.cpu().contiguous()
         dtype = str(own.dtype).removeprefix("torch.")
         return {"tensor": name, "shape": list(own.shape), "dtype": dtype}
     if isinstance(value, dict):
@@ -239,6 +240,21 @@ def _encode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a checkpoint holds tensors, numbers and strings, got {type(value).__name__}")
+
+
+def _separate(tensors: dict[str, torch.Tensor]) -> None:
+    """Copy those that share memory with another, or have only a part of it: the writer takes none.
+
+    The others are written from where they are, since a copy of all would be as much again.
+    """
+    taken: set[int] = set()
+    for name, own in tensors.items():
+        if is_sharded(own):
+            continue
+        storage = own.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() != own.numel() * own.element_size():
+            tensors[name] = own.clone()
+        taken.add(storage.data_ptr())
 
 
 def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from bilevel.cards import Card
 from bilevel.errors import InputError
 from bilevel.launch import Launcher, Single
 from bilevel.memory import Full, Memory
@@ -66,6 +67,8 @@ class Footprint:
     """What the figures rest on, in sentences."""
     remedies: tuple[tuple[str, ...], ...]
     """Changes of options that need less memory, cheapest first."""
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """What else there is to tell, as rows; a row that is `estimated` says so."""
 
     @property
     def peak(self) -> str:
@@ -82,6 +85,14 @@ class Footprint:
 class Planned(Protocol):
     """A problem that says what it needs before it is made."""
 
+    def on(self, card: Card) -> Any:
+        """The problem with what depends on the card chosen for it."""
+        ...
+
+    def unread(self) -> Any:
+        """The problem without its data, which is then not looked at."""
+        ...
+
     def number(self, memory: Memory) -> torch.dtype:
         """Of what trains, on a card."""
         ...
@@ -97,6 +108,10 @@ class Planned(Protocol):
 
     def measured(self, solver: Solver, memory: Memory) -> tuple[float, float]:
         """The bytes between steps and at the peak of a step in one process, on fake tensors."""
+        ...
+
+    def timed(self, solver: Solver, memory: Memory) -> tuple[float, float]:
+        """Seconds of an upper step here, and the most bytes its process held."""
         ...
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from bilevel.cards import Card
 from bilevel.errors import InputError
 from bilevel.footprint import Footprint, Planned, work
 from bilevel.options import Options, read
+from bilevel.piped import unbroken
 
-FLAGS = ("--json", "--measure", "--help", "-h")
+FLAGS = ("--json", "--measure", "--time", "--help", "-h")
 SHOWN = 4
 """Remedies that are shown."""
 MOST = 64
@@ -30,16 +31,17 @@ class Machine:
     devices: int = 1
     """Accelerators, all on one machine."""
     device: str = "h100"
-    """The card: a40, a100-40, a100-80, h100 or h200."""
+    """The card: a40, a100-40, a100-80, h100 or h200; here takes what this machine has."""
     mfu: float = 0.4
     """Assumed share of the card's dense bfloat16 operations per second that a step reaches."""
 
 
 USAGE = """usage: python -m bilevel.plan problem=NAME [memory=NAME] [launcher=NAME] [devices=N]
-           [device=CARD] [mfu=SHARE] [KEY=VALUE ...] [--json] [--measure]
+           [device=CARD] [mfu=SHARE] [KEY=VALUE ...] [--json] [--measure] [--time]
 
-Memory, operations and traffic of one step, from shapes alone: no weights, no data, no device.
-Keys are those of python -m bilevel.run, and:
+What the sources hold, from the heads of their files; memory, operations and traffic of one step,
+from shapes alone, without weights. --measure counts the memory of a step on fake tensors, --time
+runs three real steps on this machine. Keys are those of python -m bilevel.run, and:
 
 """
 
@@ -55,14 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         plan = make([w for w in words if w not in FLAGS])
         counted = measure(plan) if "--measure" in words else None
+        timed = clock(plan) if "--time" in words else None
         tried = [] if plan.fits else remedies(plan)
     except InputError as error:
         print("\n".join(f"error: {fault}" for fault in error.faults), file=sys.stderr)
         return 2
-    if "--json" in words:
-        print(json.dumps(as_dict(plan, tried, counted), indent=1))
-    else:
-        print("\n".join(lines(plan, tried, counted)))
+    with unbroken():
+        if "--json" in words:
+            print(json.dumps(as_dict(plan, tried, counted, timed), indent=1))
+        else:
+            print("\n".join(lines(plan, tried, counted, timed)))
     return 0 if plan.fits else 1
 
 
@@ -132,6 +136,7 @@ def make(words: Sequence[str]) -> Plan:
         else:
             given = {w.removeprefix("--").partition("=")[0].rpartition(".")[2] for w in rest}
             devices = max(1, machine.devices)
+            problem = problem.on(card) if card else problem
             problem, notes = problem.shared(devices, given)
             options = dataclasses.replace(options, problem=problem)
             try:
@@ -152,6 +157,28 @@ def make(words: Sequence[str]) -> Plan:
     )
 
 
+def here(options: Options) -> Plan | None:
+    """The plan of a run on this machine as it stands, full rows taken; None where none is known."""
+    problem, card = options.problem, cards.here()
+    if not isinstance(problem, Planned):
+        return None
+    try:
+        problem = problem.on(card).unread()
+        does = work(options.solver, problem.number(options.memory), options.memory)
+        devices, steps = options.launcher.world_size, options.settings.steps
+        found = problem.footprint(does, options.memory, options.launcher, devices, steps)
+    except (InputError, ArithmeticError):
+        return None
+    return Plan(
+        words=(),
+        options=dataclasses.replace(options, problem=problem),
+        machine=Machine(devices=devices, device="here"),
+        card=card,
+        footprint=found,
+        notes=(),
+    )
+
+
 def measure(plan: Plan) -> tuple[float, float]:
     """Bytes between steps and at the peak of one step of the real code on fake tensors.
 
@@ -164,6 +191,20 @@ def measure(plan: Plan) -> tuple[float, float]:
             "--measure counts a step in one process; leave out launcher= and devices=."
         )
     return problem.measured(plan.options.solver, plan.options.memory)
+
+
+def clock(plan: Plan) -> tuple[float, float]:
+    """Seconds of an upper step on this machine, and the most bytes its process held.
+
+    Raises:
+        InputError: If the plan is for another machine, for several devices, or does not fit.
+    """
+    problem = plan.options.problem
+    if plan.card.name != "here" or plan.machine.devices > 1 or not isinstance(problem, Planned):
+        raise InputError("--time runs on this machine, in one process; give device=here.")
+    if not plan.fits:
+        raise InputError("--time runs steps here, where they do not fit; leave it out.")
+    return problem.timed(plan.options.solver, plan.options.memory)
 
 
 def remedies(plan: Plan) -> list[tuple[tuple[str, ...], float]]:
@@ -192,7 +233,10 @@ def remedies(plan: Plan) -> list[tuple[tuple[str, ...], float]]:
 
 
 def as_dict(
-    plan: Plan, tried: Sequence[tuple[tuple[str, ...], float]], counted: tuple[float, float] | None
+    plan: Plan,
+    tried: Sequence[tuple[tuple[str, ...], float]] = (),
+    counted: tuple[float, float] | None = None,
+    timed: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """The plan as JSON holds it; bytes, operations and seconds."""
     found = plan.footprint
@@ -210,21 +254,31 @@ def as_dict(
         "tokens_per_second": found.tokens / plan.seconds,
         "remedies": [{"change": list(c), "total": total} for c, total in tried],
         "notes": list(plan.notes),
+        "steps": plan.options.settings.steps,
+        "here": plan.card.name == "here",
         "computed": "by arithmetic on shapes; nothing was run on a device",
     }
     if counted is not None:
         body["counted_on_fake_tensors"] = {"between_steps": counted[0], "peak": counted[1]}
+    if timed is not None:
+        body["timed"] = {"step_seconds": timed[0], "peak": timed[1]}
     return body
 
 
 def lines(
-    plan: Plan, tried: Sequence[tuple[tuple[str, ...], float]], counted: tuple[float, float] | None
+    plan: Plan,
+    tried: Sequence[tuple[tuple[str, ...], float]] = (),
+    counted: tuple[float, float] | None = None,
+    timed: tuple[float, float] | None = None,
 ) -> Iterator[str]:
     """The plan as text."""
     found, card, machine = plan.footprint, plan.card, plan.machine
     parts = ", ".join(f"{name} {n / 1e9:.3f}" for name, n in found.parameters.items())
     total = sum(found.parameters.values())
     names = plan.options.names
+    for rows in found.tables.values():
+        yield from columns(rows)
+        yield ""
     yield f"parameters, in billions: {total / 1e9:.3f} ({parts}); {found.trained / 1e9:.3f} train"
     where = f"{machine.devices} x {card.name}"
     yield f"memory={names['memory']} launcher={names['launcher']} on {where}"
@@ -243,7 +297,8 @@ def lines(
     )
     yield ""
     for title, held in (("host memory", found.host), ("disk", found.disk)):
-        yield f"{title}, GB: " + ", ".join(f"{n} {size / 1e9:.1f}" for n, size in held.items())
+        if held:
+            yield f"{title}, GB: " + ", ".join(f"{n} {size / 1e9:.1f}" for n, size in held.items())
     traffic = ", ".join(f"{n} {size / 1e9:.1f}" for n, size in found.traffic.items()) or "none"
     yield f"received by each device in a step, GB: {traffic}"
     if found.swapped:
@@ -257,6 +312,13 @@ def lines(
         f"{plan.traffic_seconds:.2f} s at {card.link / 1e9:.0f} GB/s; "
         f"about {found.tokens / plan.seconds:,.0f} tokens/s"
     )
+    steps = plan.options.settings.steps
+    yield f"{steps} steps: {duration(steps * plan.seconds)} by arithmetic"
+    if timed is not None:
+        yield (
+            f"measured here: {timed[0]:.2f} s a step, {steps} steps {duration(steps * timed[0])}; "
+            f"at most {timed[1] / 1e9:.2f} GB held"
+        )
     yield ""
     if not plan.fits:
         yield "what would fit, cheapest first, each by this arithmetic:"
@@ -272,10 +334,46 @@ def lines(
             f"{counted[1] / 1e9:.2f} at the peak (without context and slack; by arithmetic "
             f"{(found.total - slack) / 1e9:.2f})"
         )
-    yield "Computed from shapes; nothing was run on a device. It rests on:"
+    run = "three steps were timed" if timed is not None else "nothing was run on a device"
+    yield f"Computed from shapes; {run}. It rests on:"
     seconds = f"Seconds: {machine.mfu:.0%} of the data sheet is assumed, traffic hides behind it."
     for line in (*plan.notes, *found.assumptions, seconds, f"{card.name}: {card.source}."):
         yield f"  {line}"
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A table as lines; a row that is `estimated` has a ~ before its counts."""
+    heads = [key for key in rows[0] if key != "estimated"]
+    cells = [heads, *([_cell(row, key) for key in heads] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+    for row in cells:
+        first, *others = (
+            cell.ljust(w) if i < 2 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join([first, *others]).rstrip()
+
+
+def duration(seconds: float) -> str:
+    """A time in the largest unit that it fills twice.
+
+    >>> duration(90), duration(3 * 3600)
+    ('90 s', '3.0 hours')
+    """
+    for name, unit in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    value = row[key]
+    if isinstance(value, int):
+        return f"{'~' * bool(row.get('estimated'))}{value:,}"
+    if isinstance(value, float):
+        return f"{value:.1%}" if key in ("truncated", "dropped") else f"{value:.2f}"
+    text = " ".join(str(value).split())
+    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def _machine(words: Sequence[str], faults: list[str]) -> tuple[Machine, list[str]]:

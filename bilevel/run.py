@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from bilevel import checkpoint, plugins, processes
+from bilevel import checkpoint, plan, plugins, processes
 from bilevel.check import probe
 from bilevel.errors import InputError
 from bilevel.folder import claim, fingerprint, folders, options_of, place, write_result
@@ -84,6 +84,7 @@ def _run(options: Options, words: list[str]) -> int:
     if options.problem.probed and (faults := probe(options.problem, options.solver.order)):
         raise InputError(faults)
     notes = options.problem.prepare() + options.solver.notes(options.problem)
+    planned = plan.here(options) if launcher.is_main else None
     state: State | None = start(
         options.problem,
         options.solver,
@@ -92,6 +93,8 @@ def _run(options: Options, words: list[str]) -> int:
         launcher=launcher,
     )
     out = Path(_on_main(launcher, lambda: str(claim(out, options))))
+    if planned:
+        checkpoint.replace_text(out / "plan.json", json.dumps(plan.as_dict(planned), indent=1))
     if notes and launcher.is_main:
         print("\n".join(notes), flush=True)
     results: list[Result] = []

@@ -12,16 +12,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bilevel import LISA, Full, InputError, Launcher, Memory
+from bilevel.cards import Card
 from bilevel.footprint import Footprint, Work
 from bilevel.lora import LoRA
 from bilevel.problems.llm_reweight.losses import LOGITS
 from bilevel.problems.llm_reweight.shapes import Shape, shape
+from bilevel.problems.llm_reweight.survey import Survey, padded, survey, table
+from bilevel.tracking import memory as memory_used
 
 if TYPE_CHECKING:
     from bilevel.problems.llm_reweight.problem import LLMReweight
 
 SLACK = 2.5e9
 """Bytes for the CUDA context, NCCL's buffers and what the allocator cannot use; assumed."""
+LIBRARIES = 1.5e9
+"""Bytes of host memory of a process with CUDA and its libraries, before it holds a model."""
+KEEPS = 0.8
+"""Of glibc's malloc: 0.5 with all blocks training to 1.3 with adapters, see docs/log.md."""
 WIDE = 4
 """Bytes of a number in float32, in which losses, norms and reductions are computed."""
 KEPT = 3
@@ -82,6 +89,10 @@ class Choices:
     """Whether the optimizer step computes on all tensors at once, with temporaries of that size."""
     width: float = 4.0
     """Of a number that the optimizer computes with."""
+    around: tuple[str, float] = ("context and slack", SLACK)
+    """What there is besides the model, in words and bytes."""
+    keeps: float = 0.0
+    """Share of what a step takes and frees again that the allocator does not give back."""
 
     def trained(self, of: Shape) -> int:
         """Numbers of one copy that train at a time."""
@@ -114,11 +125,21 @@ class Passes:
     """Passes of one sweep over the lower batch."""
     upper: int
     """Passes of one sweep over the upper batch."""
+    padded: tuple[float, float] = (0.0, 0.0)
+    """Tokens of one sweep over the lower and over the upper batch, over all devices."""
 
     @property
     def tokens(self) -> int:
         """Tokens of the largest pass."""
         return self.rows * self.length
+
+
+def on(problem: LLMReweight, card: Card) -> LLMReweight:
+    """The problem with what "auto" stands for on a card."""
+    where = card.kind if problem.device == "auto" else problem.device
+    half = where == "cuda" and card.half
+    chosen = problem.dtype if problem.dtype != "auto" else "bfloat16" if half else "float32"
+    return dataclasses.replace(problem, device=where, dtype=chosen)
 
 
 def number(problem: LLMReweight, memory: Memory) -> torch.dtype:
@@ -182,6 +203,7 @@ def footprint(
     if faults or of is None or made is None:
         raise InputError(faults)
     passes = _rows(problem, devices)
+    found = survey(problem)
     return Footprint(
         parameters={
             "blocks": of.blocks * of.block,
@@ -193,12 +215,13 @@ def footprint(
         moments=moments(of, made, passes),
         host=_host(of, made, devices),
         disk=_disk(of, made),
-        flops=_step_tokens(problem, work, passes) * pass_flops(of, made, passes),
-        tokens=(problem.batch + problem.target_batch) * passes.length,
+        flops=_step_tokens(work, passes) * pass_flops(of, made, passes),
+        tokens=round(sum(passes.padded)),
         traffic=_traffic(of, made, passes, work),
         swapped=work.lower * _swapped(of, made) * (made.resident < made.learners),
-        assumptions=_assumptions(of, passes),
+        assumptions=_assumptions(of, made, passes, found),
         remedies=_remedies(problem, passes),
+        tables={"sources": table(found, problem, steps)} if found else {},
     )
 
 
@@ -235,6 +258,9 @@ def choices(
         "checkpointing": problem.checkpointing,
         "chunk": problem.loss_chunk,
     }
+    if problem.device == "cpu":
+        base |= {"foreach": False, "around": ("interpreter and libraries", _libraries())}
+        base |= {"keeps": KEEPS}
     blocks = of.blocks if of else 1
     kind = type(memory)  # not isinstance: what extends a strategy may need more
     if kind is Full:
@@ -297,7 +323,7 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
         "weights": made.bases * n * made.weight / made.weight_shards,
         "adapters": made.learners * trained * made.adapter / made.weight_shards * bool(made.rank),
         "master copies and optimizer": states + made.learners * kept / made.state_shards,
-        "context and slack": SLACK,
+        made.around[0]: made.around[1],
     }
     if made.bases == 1 < made.resident and not made.rank:
         forked = (made.resident - 1) * made.forked(of)
@@ -321,6 +347,8 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
         "at the highest block": early | {"activations": rest + block} | buffers,
         "in the optimizer's step": _step(of, made, one=one, unit=unit),
     }
+    for parts in found.values() if made.keeps else ():
+        parts["freed memory that malloc keeps"] = made.keeps * sum(parts.values())
     return {name: fixed | parts for name, parts in found.items()}
 
 
@@ -451,11 +479,15 @@ def _rows(problem: LLMReweight, devices: int) -> Passes:
         raise InputError(faults)
     lower, upper = (rows // devices for rows in counts.values())
     most = problem.micro_batch or max(lower, upper)
+    found = survey(problem)
+    length = (min(found.longest, problem.max_length) if found else problem.max_length) - 1
+    full = (problem.batch * length, problem.target_batch * length)
     return Passes(
         rows=min(most, max(lower, upper)),
-        length=problem.max_length - 1,
+        length=length,
         lower=ceil(lower / most),
         upper=ceil(upper / most),
+        padded=padded(found, problem, devices) if found else full,
     )
 
 
@@ -479,19 +511,28 @@ def _chunk(of: Shape, made: Choices) -> int:
     return made.chunk or max(1, LOGITS // of.vocabulary)
 
 
-def _step_tokens(problem: LLMReweight, work: Work, passes: Passes) -> int:
+def _step_tokens(work: Work, passes: Passes) -> float:
     """Tokens that pass through a copy in one upper step, over all devices."""
-    rows = work.lower * problem.batch + work.upper * problem.target_batch
-    return rows * passes.length
+    return work.lower * passes.padded[0] + work.upper * passes.padded[1]
+
+
+def _libraries() -> float:
+    """What this process holds, with what a run imports too."""
+    import peft  # noqa: F401 - both for their memory
+    import transformers.modeling_utils  # noqa: F401
+
+    return float(memory_used().get("resident", LIBRARIES))
 
 
 def _host(of: Shape, made: Choices, devices: int) -> dict[str, float]:
+    if made.around[0] != "context and slack":
+        return {}  # it is the device
     found = {"model, whole in every process while it is loaded": devices * of.total * made.weight}
     if made.resident < made.learners:
         found["what is away from the device, pinned"] = made.learners * _pinned(of, made)
     if made.weight_shards == 1:
         found["a checkpoint while it is written"] = _checkpoint(of, made)
-    return found | {"libraries": devices * 1.5e9}
+    return found | {"libraries": devices * LIBRARIES}
 
 
 def _swapped(of: Shape, made: Choices) -> float:
@@ -531,6 +572,7 @@ def _disk(of: Shape, made: Choices) -> dict[str, float]:
 
 
 def _checkpoint(of: Shape, made: Choices) -> float:
+    """Bytes of one checkpoint."""
     trained = made.trained(of)
     if made.rank:  # the base is not saved
         one = made.learners * trained * (made.adapter + made.held + made.kept)
@@ -555,12 +597,20 @@ def _traffic(of: Shape, made: Choices, passes: Passes, work: Work) -> dict[str, 
     return {"reduced gradients": 2 * sweeps * gradients} if made.deferred else {}
 
 
-def _assumptions(of: Shape, passes: Passes) -> tuple[str, ...]:
+def _assumptions(of: Shape, made: Choices, passes: Passes, found: Survey | None) -> tuple[str, ...]:
+    rows = f"{passes.length + 1} tokens, {passes.rows} rows in a pass."
+    lengths = f"Memory for the longest row found: {rows}" if found else f"Every row is full: {rows}"
+    around = (
+        f"{made.around[1] / 1e9:.1f} GB for CUDA, NCCL and what the allocator cannot use: assumed."
+    )
+    if made.around[0] != "context and slack":
+        around = f"{made.around[1] / 1e9:.2f} GB for interpreter and libraries, as the plan has."
     return (
         f"Sizes of {of.name}: {of.source}.",
-        f"Every row is full: {passes.length + 1} tokens, {passes.rows} rows in a pass.",
-        f"{SLACK / 1e9:.1f} GB for CUDA, NCCL and what the allocator cannot use: assumed.",
+        lengths,
+        around,
         "Attention by a kernel that keeps no scores; no kernel fuses norm, gate or loss.",
+        *(found.notes if found else ()),
     )
 
 

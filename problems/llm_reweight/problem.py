@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import InputError, Launcher, Memory, Problem, Solver, Stream, processes
+from bilevel.cards import Card
 from bilevel.footprint import Footprint, Work
 from bilevel.problems.llm_reweight import data as data_module
 from bilevel.problems.llm_reweight import exports as exports_module
@@ -466,6 +467,14 @@ class LLMReweight(Problem):
             f"{', '.join(bad[:8])}{more}"
         )
 
+    def on(self, card: Card) -> LLMReweight:
+        from bilevel.problems.llm_reweight import footprint
+
+        return footprint.on(self, card)
+
+    def unread(self) -> LLMReweight:
+        return replace(self, sources=(), target="", test="")
+
     def number(self, memory: Memory) -> torch.dtype:
         from bilevel.problems.llm_reweight import footprint
 
@@ -487,6 +496,11 @@ class LLMReweight(Problem):
         from bilevel.problems.llm_reweight import rehearsal
 
         return rehearsal.measured(self, solver, memory)
+
+    def timed(self, solver: Solver, memory: Memory) -> tuple[float, float]:
+        from bilevel.problems.llm_reweight import rehearsal
+
+        return rehearsal.timed(self, solver, memory)
 
     def headline(self, record: dict[str, Any]) -> str:
         """The words of the progress line."""

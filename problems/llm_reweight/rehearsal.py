@@ -1,7 +1,9 @@
-"""A step of the real code on fake tensors: the memory it would take, counted."""
+"""A step of the real code before a run: its memory counted on fake tensors, its time measured."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +15,18 @@ from bilevel.lora import LoRA
 from bilevel.problems.llm_reweight import weighting
 from bilevel.problems.llm_reweight.placement import Placement, place
 from bilevel.problems.llm_reweight.shapes import config
+from bilevel.problems.llm_reweight.survey import survey, typical
 from bilevel.problems.llm_reweight.tokens import Batch
 from bilevel.storage import fake, real
+from bilevel.tracking import memory as memory_used
 
 if TYPE_CHECKING:
     from bilevel.problems.llm_reweight.problem import LLMReweight
 
 SOURCES = 3
 """Sources where none are given."""
+TIMED = 2
+"""Steps whose mean time counts."""
 
 
 def measured(problem: LLMReweight, solver: Solver, memory: Memory) -> tuple[float, float]:
@@ -48,16 +54,41 @@ def measured(problem: LLMReweight, solver: Solver, memory: Memory) -> tuple[floa
         return float(between), float(storage.peak)
 
 
-def _model(problem: LLMReweight) -> nn.Module:
-    """The model on the meta device, as it is placed for a run."""
+def timed(problem: LLMReweight, solver: Solver, memory: Memory) -> tuple[float, float]:
+    """Seconds of an upper step in this process, the mean of two after a first, and its peak memory.
+
+    Everything is real but the numbers: weights are random, and rows have the lengths that the
+    sources have, or are full. On the CPU the peak is the largest that the process ever held.
+    """
+    device = "cuda" if problem.device == "cuda" else "cpu"
+    stage = _Stage(problem=problem, model=_model(problem, device))
+    state = solver.init(stage, memory, Single(), torch.Generator().manual_seed(0))
+    state = solver.step(stage, Single(), state)
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(TIMED):
+        state = solver.step(stage, Single(), state)
+    _synchronize(device)
+    used = memory_used()
+    seconds = (time.perf_counter() - start) / TIMED
+    return seconds, float(used.get("device_peak", used.get("peak", 0)))
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _model(problem: LLMReweight, device: str = "meta") -> nn.Module:
+    """The model with random weights, as it is placed for a run."""
     from transformers import AutoModelForCausalLM
 
     shape = config(problem.model, layers=problem.layers, width=problem.width)
     dtype = torch.float32 if problem.dtype == "float32" else torch.bfloat16
-    with torch.device("meta"):
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
     options = {"attention": problem.attention, "checkpointing": problem.checkpointing}
-    return place(model, Placement(device="meta", dtype=dtype, **options))
+    return place(model, Placement(device=device, dtype=dtype, **options))
 
 
 def _fill(model: nn.Module) -> None:
@@ -78,10 +109,11 @@ class _Stage(Problem):
 
     problem: Any = None
     model: Any = None
-    """On the meta device: fake parameters cannot be moved."""
+    """On the meta device to be filled: fake parameters cannot be moved."""
 
     def init(self, generator: torch.Generator) -> tuple[Tensor, nn.Module]:
-        _fill(self.model)
+        if self.model.device.type == "meta":
+            _fill(self.model)
         return torch.zeros(self._sources, dtype=torch.float64), self.model
 
     def upper(self, x: Tensor, y: nn.Module, batch: Batch) -> Tensor:
@@ -95,19 +127,32 @@ class _Stage(Problem):
 
     def batches(self, generator: torch.Generator) -> tuple[Stream, Stream]:
         own = self.problem
-        return Always(self._rows(own.target_batch, 1)), Always(self._rows(own.batch, self._sources))
+        each = own.batch // self._sources
+        found = survey(own)
+        if found is None:
+            lower, upper = (
+                [own.max_length] * each * self._sources,
+                [own.max_length] * own.target_batch,
+            )
+        else:
+            lower = [n for c in found.sources for n in typical(c.lengths, each)]
+            upper = typical(found.target.lengths, own.target_batch)
+        return Always(self._rows(upper, 1)), Always(self._rows(lower, self._sources))
 
     @property
     def _sources(self) -> int:
         return len(self.problem.sources) or SOURCES
 
-    def _rows(self, count: int, sources: int) -> Batch:
+    def _rows(self, lengths: Sequence[int], sources: int) -> Batch:
+        count = len(lengths)
         with real():
-            ids = torch.zeros(count, self.problem.max_length, dtype=torch.long)
+            ids = torch.zeros(count, max(lengths), dtype=torch.long)
+            trained = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+            trained[:, 0] = False
             return Batch(
                 ids=ids,
-                trained=torch.ones_like(ids, dtype=torch.bool),
-                source=torch.arange(count) % sources,
+                trained=trained,
+                source=torch.arange(count) // (count // sources),
                 share=torch.full((count,), sources / count, dtype=torch.float64),
                 labels=("",) * count,
             )
