@@ -35,6 +35,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/weights_quality.py
+	$(BIN)/python benchmarks/peers/run.py
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python benchmarks/scale.py; \
 	else $(BIN)/python benchmarks/scale.py --device cpu --shapes tiny --results build; fi

@@ -218,7 +218,7 @@ def _levels(graph: fx.Graph, counts: Sequence[int]) -> dict[fx.Node, int]:
     return level
 
 
-FILLED = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
+FILLED = {aten.ones_like.default: 1.0}
 """Kernels that read only the shape of their input, and what they fill it with."""
 
 
