@@ -24,6 +24,8 @@ def draw(body: dict[str, Any], path: Path) -> str:
         losses = [seed["loss"] for seed in row["seeds"]]
         left.plot(losses, [place] * len(losses), "|", color="#888888", markersize=7)
         right.barh(place, row["search_tokens"] / 1e3, color=color)
+    for axes in (left, right):
+        axes.set_ylim(-0.7, len(rows) - 0.3)
     left.axvline(base, color="black", linestyle=":", linewidth=1)
     left.set_yticks(places, [row["method"].replace("$", r"\$") for row in rows])
     left.set_xlabel(
