@@ -84,6 +84,9 @@ def test_the_bound_on_the_fit_holds_before_it_is_reached():
         w, gap = simplex_fit(logs, shares, tolerance=0.0, iterations=iterations)
         before = simplex_fit(logs, shares, tolerance=0.0, iterations=iterations - 1)[0]
         assert 0 <= loss(w) - best <= loss(before) - best <= gap
+        at = before.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(-(shares * (logs.exp() @ at).log()).sum(), at)
+        assert gap == pytest.approx(float(before @ slope - slope.min()))  # to the best corner
 
 
 def test_log_likelihoods_have_the_mean_of_the_losses(problem):
