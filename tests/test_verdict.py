@@ -65,10 +65,13 @@ def test_the_uniform_mixture_is_not_called_better(problem):
     assert len(judged["sentences"]) == (2 if same else 3)
 
 
-def test_mixtures_of_the_verdict_are_those_of_their_names(problem):
+def test_mixtures_of_the_verdict_are_those_of_their_names(problem, monkeypatch):
+    right, wrong = problem.rows
+    few = dataclasses.replace(wrong, ids=wrong.ids[:10])
+    monkeypatch.setattr(type(problem), "rows", property(lambda self: [right, few]))
     found = verdict.mixtures(problem, {"right": 0.9, "wrong": 0.1})
-    sizes = [len(rows) for rows in problem.rows]
-    assert [*found["size"].values()] == [n / sum(sizes) for n in sizes]
+    share = 10 / (10 + len(right))
+    assert found["size"] == pytest.approx({"right": 1 - share, "wrong": share})
     assert [*found["uniform"].values()] == [0.5, 0.5]
     assert "oracle" not in found  # nobody knows the right source
 
