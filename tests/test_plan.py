@@ -211,6 +211,10 @@ def test_what_waits_in_host_memory_is_planned():
     assert found.swapped == pytest.approx(2 * away, rel=1e-6)
     assert made.swap_seconds == pytest.approx(4 * away / 50e9, rel=1e-6)
     assert made.seconds == made.compute_seconds + made.swap_seconds
+    # the step of an end after the first draw: all else of its copy is away, the rest is shared
+    end, shared = 458_752_000, 34_388_917_248 - 1_475_367_936
+    step = sum(found.moments["in the optimizer's step"].values())
+    assert step == pytest.approx(2 * shared + 22 * end + 2.5e9, rel=1e-6)
     pinned = found.host["what is away from the device, pinned"]
     assert 2 * away < pinned < 4 * away
     with pytest.raises(InputError, match=r"memory\.offload needs launcher=single"):
