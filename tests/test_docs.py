@@ -198,7 +198,8 @@ def test_record_formats_shown_are_read_as_named(here):
 
 
 def test_keys_named_in_the_text_exist():
-    text = (ROOT / "docs" / "llm-reweight.md").read_text(encoding="utf-8")
+    pages = [ROOT / "docs" / name for name in ("llm-reweight.md", "weighting.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     named = set(re.findall(r"`problem\.(\w+)", text))
     fields = {f.name for f in dataclasses.fields(LLMReweight)}
     assert named <= fields
