@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 
 from bilevel import InputError
 from bilevel.problems.llm_reweight import LLMReweight, training
-from bilevel.problems.llm_reweight.baselines import METHODS, Lab, find, less, regmix
+from bilevel.problems.llm_reweight.baselines import METHODS, Lab, fed_back, find, less, regmix
 from bilevel.problems.llm_reweight.baselines.differences import by_source, excess
 from bilevel.problems.llm_reweight.baselines.lab import search_tokens, tokens
 from bilevel.problems.llm_reweight.baselines.mixmin import log_likelihoods, simplex_fit
@@ -166,6 +166,43 @@ def test_sharpness_is_a_power_of_the_score(problem):
     squares = {n: w**2 for n, w in weights[0].items()}
     for name, square in squares.items():
         assert weights[1][name] == pytest.approx(square / sum(squares.values()))
+
+
+def test_fed_back_influence_trains_on_the_weights_it_found(problem, monkeypatch):
+    """The shares of each round are the mix of the last ones and of cosines computed apart."""
+    shares, models = [], []
+
+    class Drawn(training.Drawn):
+        def __init__(self, rows, weights, **options):
+            shares.append(list(weights))
+            super().__init__(rows, weights, **options)
+
+    def spy(lab, model, count, *, measure):
+        models.append([p.detach().clone() for p in model.parameters()])
+        target = torch.cat([g.flatten() for g in lab.gradient(model, problem.target_rows, count)])
+        own = [
+            torch.cat([g.flatten() for g in lab.gradient(model, rows, count)])
+            for rows in problem.rows
+        ]
+        return [float(torch.cosine_similarity(target, g, dim=0)) for g in own]
+
+    def search():
+        lab = Lab(problem=problem, budget=BUDGET)
+        return find("influence_fed_back:rounds=3:keep=0.25").search(lab).weights
+
+    expected = search()
+    monkeypatch.setattr(training, "Drawn", Drawn)
+    monkeypatch.setattr(fed_back, "scores", spy)
+    found = search()
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert shares[0] == [1 / 3] * 3 and len(models) == 3
+    assert not all(map(torch.equal, models[0], models[1]))  # it goes on training
+    last = {n: 2 * w - s for (n, w), s in zip(found.items(), shares[2], strict=True)}
+    assert sum(last.values()) == pytest.approx(1.0) and min(last.values()) >= 0
+    for before, after in ((shares[0], shares[1]), (shares[1], shares[2])):
+        new = [(a - 0.25 * b) / 0.75 for a, b in zip(after, before, strict=True)]
+        assert sum(new) == pytest.approx(1.0) and min(new) >= 0
+    assert shares[2][0] > shares[1][0] > 1 / 3 > shares[2][2]
 
 
 FREE = ("uniform", "size", "temperature", "given", "tpe", "doremi")  # no training, or no target

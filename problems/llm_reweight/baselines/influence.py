@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from bilevel.linear import norm
 from bilevel.problems.llm_reweight.baselines.lab import Lab
 from bilevel.problems.llm_reweight.baselines.method import Found, Method, normalized, require
@@ -37,16 +39,23 @@ class Influence(Method):
         require(self, sharpness="positive", warmup="in (0, 1)")
 
     def search(self, lab: Lab) -> Found:
-        problem = lab.problem
         model = lab.train(lab.uniform, steps=lab.steps(self.warmup * lab.budget))
         lengths = [*lab.lengths, sum(lab.lengths) / len(lab.lengths)]
         count = max(1, int((1 - self.warmup) * lab.budget / sum(lengths)))
-        target = lab.gradient(model, problem.target_rows, count)
-        scores = []
-        for rows in problem.rows:
-            own = lab.gradient(model, rows, count)
-            lengths = norm(own) * norm(target) if self.measure == "cosine" else 1.0
-            scores.append(float(dot(own, target)) / max(lengths, 1e-300))
-        weights = normalized(lab.names, [max(a, 0.0) ** self.sharpness for a in scores])
-        shown = ", ".join(f"{n} {a:.3g}" for n, a in zip(lab.names, scores, strict=True))
+        found = scores(lab, model, count, measure=self.measure)
+        weights = normalized(lab.names, [max(a, 0.0) ** self.sharpness for a in found])
+        shown = ", ".join(f"{n} {a:.3g}" for n, a in zip(lab.names, found, strict=True))
         return Found(weights=weights, note=f"{self.measure}: {shown}")
+
+
+def scores(
+    lab: Lab, model: nn.Module, count: int, *, measure: Literal["cosine", "inner"]
+) -> list[float]:
+    """a_s of every source at a model, from about `count` rows of each and of the target."""
+    target = lab.gradient(model, lab.problem.target_rows, count)
+    found = []
+    for rows in lab.problem.rows:
+        own = lab.gradient(model, rows, count)
+        lengths = norm(own) * norm(target) if measure == "cosine" else 1.0
+        found.append(float(dot(own, target)) / max(lengths, 1e-300))
+    return found

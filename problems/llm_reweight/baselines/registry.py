@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from bilevel import InputError
 from bilevel.fields import describe, read
 from bilevel.problems.llm_reweight.baselines.doremi import DoReMi
+from bilevel.problems.llm_reweight.baselines.fed_back import FedBack
 from bilevel.problems.llm_reweight.baselines.fixed import Given, Temperature, Uniform
 from bilevel.problems.llm_reweight.baselines.influence import Influence
 from bilevel.problems.llm_reweight.baselines.less import LESS
@@ -34,6 +35,7 @@ METHODS: dict[str, Method] = {
     "mixmin": MixMin(),
     "influence": Influence(),
     "influence_sharp": Influence(sharpness=3.0),
+    "influence_fed_back": FedBack(),
     "less": LESS(),
     "rho": RHO(),
     "doremi": DoReMi(),
