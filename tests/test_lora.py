@@ -304,6 +304,7 @@ def test_a_run_writes_its_adapter_and_judges_with_adapters(tmp_path, capsys, mon
         rows = [{"text": f"{name} {i} " * 4} for i in range(24)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = ["problem=llm_reweight", "memory=lora", "memory.rank=2", "width=32", "steps=3"]
+    words += ["solver=scalebio", "solver.warmup=0"]  # else both mixtures are one
     words += [f"sources='{tmp_path}/good.jsonl' '{tmp_path}/bad.jsonl'", "batch=4"]
     words += [f"target={tmp_path}/target.jsonl", "verdict_steps=2", "verdict_seeds=1"]
     assert bilevel.run.main([*words, f"out={tmp_path / 'out'}"]) == 0, capsys.readouterr().err

@@ -135,7 +135,7 @@ class LLMReweight(Problem):
     compare_tokens: int = 0
     """Tokens that each of their searches may use; 0 takes what learning the weights used."""
     export: tuple[str, ...] = ()
-    """Tools to write the weights for, as python -m bilevel.export --to does, such as 'trl,hf'."""
+    """Tools to write the weights for at the end, such as 'trl,hf'; all are in bilevel.export."""
     data_seed: int = 0
     """Of the order of the rows."""
 

@@ -67,8 +67,11 @@ def read_weights(path: Path, names: list[str]) -> dict[str, float]:
     try:
         body = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"the weights {path} cannot be read: {reason}.") from None
+        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
+        raise InputError(
+            f"the weights {path} cannot be read ({reason}); expected an existing file, such as a "
+            "run's weights.json."
+        ) from None
     found = _mapping(body)
     if not found:
         raise InputError(
