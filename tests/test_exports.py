@@ -20,7 +20,7 @@ import bilevel
 from bilevel import InputError
 from bilevel.export import main
 from bilevel.problems.llm_reweight import LLMReweight, data, output
-from bilevel.problems.llm_reweight.exports import TOOLS, Export, finetuners, originals
+from bilevel.problems.llm_reweight.exports import TOOLS, Export, finetuners, job, originals
 from bilevel.problems.llm_reweight.exports.shares import Shares, exact_fraction
 
 WEIGHTS = {"sea": 0.55, "a, law!": 0.2, "food": 0.2, "sky": 0.05, "none": 0.0}
@@ -501,7 +501,7 @@ def test_a_run_that_goes_on_can_be_exported_with_a_warning(tmp_path, capsys):
         ((), "to=TOOL is missing"),
         (("--to", "hf", "--totl", "3"), "unknown option --totl; did you mean --total?"),
         (("--to", "hf", "--total", "many"), "--total must be a whole number, got 'many'"),
-        (("--to", "hf", "--total", "-5"), "total must be at least 0"),
+        (("--to", "hf", "--total", "-5"), "total must be from 0 to"),
         (("--to", "hf", "--to", "trl"), "--to is given twice"),
         (("--to", "hf", "--total"), "--total has no value"),
         (("hf",), "expected --key value, got 'hf'"),
@@ -760,3 +760,63 @@ def test_records_in_memory_have_no_file_to_export(tmp_path, capsys):
     (run / "weights.json").write_text(json.dumps(body))
     assert command(run, "--to", "mixed") == 2
     assert "source sea was given as records in memory" in capsys.readouterr().err
+
+
+def test_weights_of_records_are_not_lost_silently(tmp_path, capsys):
+    run = make_run(tmp_path, "text")
+    assert command(run, "--to", "mixed") == 0
+    assert "weight for each record" not in capsys.readouterr().out
+    (run / "example_weights.jsonl").write_text("{}\n")
+    assert command(run, "--to", "hf") == 0
+    assert "learned a weight for each record" in capsys.readouterr().out
+
+
+def test_the_runs_own_bound_on_epochs_is_held_against_the_export(tmp_path, capsys):
+    run = make_run(tmp_path, "text")
+    total = str(2 * sum(SIZES.values()))
+    assert command(run, "--to", "mixed", "--total", total, "--unit", "examples") == 0
+    epochs = [
+        s["epochs"] for s in json.loads((run / "export/mixed/shares.json").read_text())["sources"]
+    ]
+    bound = sorted(epochs)[-1] / 1.5
+    assert 1 < bound < 4
+    assert f"more than {bound:g} epochs" not in capsys.readouterr().out
+    body = {"problem": {"name": "llm_reweight", "max_epochs": bound}}
+    (run / "config.yaml").write_text(yaml.safe_dump(body))
+    assert command(run, "--to", "mixed", "--total", total, "--unit", "examples") == 0
+    assert f"more than {bound:g} epochs" in capsys.readouterr().out
+
+
+def test_a_tool_that_cannot_be_written_hides_no_other(tmp_path, capsys):
+    run = make_run(tmp_path, "text")
+    (run / "export" / "trl").mkdir(parents=True)
+    (run / "export" / "trl" / "mine.txt").write_text("precious")
+    assert command(run, "--to", "hf", "trl", "mixed") == 2
+    printed = capsys.readouterr()
+    assert "trl: " in printed.err and "mine.txt" in printed.err
+    assert "written nevertheless: hf, mixed." in printed.err
+    assert "hf: " in printed.out and (run / "export" / "mixed" / "train.jsonl").exists()
+    assert (run / "export" / "trl" / "mine.txt").read_text() == "precious"
+
+
+def test_names_that_differ_by_case_get_files_of_their_own():
+    found = job._keys(["Code", "code", "CODE-2", "c de"])
+    assert len({name.casefold() for name in found}) == 4 and found[:2] == ["Code", "code-2"]
+
+
+def test_tools_of_conversations_stay_columns(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    line = json.dumps({"messages": turns, "tools": json.dumps([{"name": "look"}])}) + "\n"
+    run = make_run(tmp_path, "text")
+    body = json.loads((run / "weights.json").read_text())
+    for source in body["sources"]:
+        path = tmp_path / f"tools-{source['name']}.jsonl"
+        path.write_text(line * source["records"])
+        source |= {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        source["format"] = "messages"
+    (run / "weights.json").write_text(json.dumps(body))
+    assert command(run, "--to", "trl,hf") == 0
+    mix = yaml.safe_load((run / "export" / "trl" / "mix.yaml").read_text())
+    assert all(entry["columns"] == ["messages", "tools"] for entry in mix["datasets"])
+    columns = json.loads((run / "export" / "hf" / "interleave.json").read_text())["columns"]
+    assert columns == ["messages", "tools"]

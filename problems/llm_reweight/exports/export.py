@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from bilevel import InputError
 from bilevel.problem import Exporter
 from bilevel.problems.llm_reweight.exports import finetuners, mixed, pretraining
@@ -17,6 +19,7 @@ from bilevel.problems.llm_reweight.exports.job import Job, Records, Source, load
 from bilevel.problems.llm_reweight.exports.shares import REPEATED
 from bilevel.problems.llm_reweight.exports.tool import Tool, Written
 
+MOST = 100_000_000  # examples; the list of those drawn is held in memory
 FACTORY = "LLaMA-Factory ff6d4d12e of 2026-08-18"
 TOOLS: dict[str, Tool] = {
     "llamafactory": Tool(write=finetuners.llamafactory, averages="tokens", read=FACTORY),
@@ -77,16 +80,23 @@ class Export(Exporter):
     def write(self, run: Path) -> list[str]:
         names = tools(self.to)
         faults = [] if names else [f"to=TOOL is missing; choices: {', '.join(TOOLS)}, or all."]
-        if self.total < 0:
-            faults.append(f"total must be at least 0, got total={self.total}.")
+        if not 0 <= self.total <= MOST:
+            faults.append(f"total must be from 0 to {MOST:,}, got total={self.total:,}.")
         body, sources, lines = load(run)
         paths = dict(_pair(entry, sources, faults) for entry in self.paths)
         if faults:
             raise InputError(faults)
         everything = sum(s["records"] for s in body["sources"])
+        if (run / "example_weights.jsonl").exists():
+            lines.append(
+                "warning: this run learned a weight for each record, and an export carries their "
+                "sums over the sources alone; within a source records are drawn alike. The "
+                f"multiplier of each record's loss is in {run / 'example_weights.jsonl'}."
+            )
+        done: list[str] = []
         for name in names:
             tool = TOOLS[name]
-            target = (run / "export" / name).absolute()
+            target = (run / "export" / name).resolve()
             made = target.with_name(f".partial-{os.getpid()}-{name}")
             made.mkdir(parents=True)
             job = Job(
@@ -106,10 +116,32 @@ class Export(Exporter):
                 written = tool.write(job)
                 _shares(job, tool, written)
                 fate = put(made, target, force=self.force)
+            except InputError as error:
+                faults += [
+                    f"{name}: {fault}" if len(names) > 1 else fault for fault in error.faults
+                ]
+                continue
             finally:
                 shutil.rmtree(made, ignore_errors=True)
-            lines += _words(replace(job, folder=target), tool, written, fate, self.unit == "auto")
+            done.append(name)
+            job = replace(job, folder=target)
+            lines += _words(job, tool, written, fate, self.unit == "auto", _bound(run))
+        if faults and done:
+            print("\n".join(lines))
+            faults.append(f"written nevertheless: {', '.join(done)}.")
+        if faults:
+            raise InputError(faults)
         return lines
+
+
+def _bound(run: Path) -> float:
+    """Epochs above which a source is warned of: what the run was told, at most the usual."""
+    try:
+        body = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        told = float(body["problem"]["max_epochs"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        told = 0.0
+    return min(told, REPEATED) if told > 0 else REPEATED
 
 
 def tools(given: tuple[str, ...]) -> list[str]:
@@ -172,7 +204,9 @@ def _shares(job: Job, tool: Tool, written: Written) -> None:
     job.write("shares.json", json.dumps(body, indent=1, ensure_ascii=False))
 
 
-def _words(job: Job, tool: Tool, written: Written, fate: str, auto: bool) -> list[str]:
+def _words(
+    job: Job, tool: Tool, written: Written, fate: str, auto: bool, bound: float
+) -> list[str]:
     shares = written.shares or job.shares
     lines = ["", f"{job.tool}: {job.folder} ({fate})"]
     lines.append(
@@ -189,11 +223,12 @@ def _words(job: Job, tool: Tool, written: Written, fate: str, auto: bool) -> lis
     rows = zip(job.sources, shares.examples, shares.trained_tokens, epochs, strict=True)
     for source, q, r, f in rows:
         lines.append(f"  {source.name:{width}}  {source.weight:6.4f}  {q:8.4f}  {r:6.4f}  {f:6.2f}")
-    over = [s.name for s, f in zip(job.sources, epochs, strict=True) if f > REPEATED]
+    over = [s.name for s, f in zip(job.sources, epochs, strict=True) if f > 1.001 * bound]
     if over:
         lines.append(
-            f"  warning: more than {REPEATED:g} epochs of {', '.join(over)}; repetition teaches "
-            f"little; without repetition there are {shares.largest:,} examples."
+            f"  warning: more than {bound:g} epochs of {', '.join(over)}; repetition teaches "
+            f"little; lower --total, or give --unit examples if your trainer averages over the "
+            f"examples; without repetition there are {shares.largest:,} examples."
         )
     lines += [f"  note: {note}" for note in written.notes]
     lines.append("  use: " + written.use.replace("\n", "\n       "))

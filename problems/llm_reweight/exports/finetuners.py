@@ -47,7 +47,7 @@ def llamafactory(job: Job) -> Written:
     job.write("train.yaml", "\n".join([*lines, "val_size: 0.01", ""]))
     if not job.wanted and max(job.shares.epochs(job.whole)) > REPEATED:
         notes.append("a pass ends when every source is used up; --total writes counts instead")
-    use = f"llamafactory-cli train {job.target / 'train.yaml'} model_name_or_path=..."
+    use = f"llamafactory-cli train {job.quoted('train.yaml')} model_name_or_path=..."
     return Written(total=job.wanted or job.whole, use=use, notes=notes)
 
 
@@ -79,17 +79,19 @@ def trl(job: Job) -> Written:
         asked = pairs and source.pair == ("prompt", "completion")
         make = as_text if text else (_prompt_completion if asked else as_messages)
         columns = ["text"] if text else (["prompt", "completion"] if asked else ["messages"])
+        if columns == ["messages"] and "tools" in source.facts.keys:
+            columns = ["messages", "tools"]
         order = job.generator(source.name).sample(range(source.records), source.records)
         path = job.convert(f"{source.key}.jsonl", source, make, order)
         entry = {"path": "json", "data_files": path, "split": "train", "columns": columns}
         entries.append(entry | {"fraction": share})
     job.write("mix.yaml", yaml.safe_dump({"datasets": entries}, sort_keys=False))
     notes = []
-    if not text and entries[0]["columns"] == ["messages"]:
+    if not text and entries[0]["columns"][0] == "messages":
         notes.append("set assistant_only_loss: true, so that only answers are trained on, as here")
     if job.wanted:
         notes.append(f"--total has no effect: trl takes as many as it can, {job.shares.largest:,}")
-    use = f"trl sft --config {job.target / 'mix.yaml'} --model_name_or_path ..."
+    use = f"trl sft --config {job.quoted('mix.yaml')} --model_name_or_path ..."
     return Written(total=job.shares.largest, use=use, notes=notes)
 
 
@@ -103,7 +105,7 @@ def open_instruct(job: Job) -> Written:
         words.append(_with_point(exact_fraction(count, source.records)))
     words += ["--dataset_mixer_list_splits", "train"]
     job.write("args.txt", shlex.join(words) + "\n")
-    use = f"xargs -a {shlex.quote(str(job.target / 'args.txt'))} python open_instruct/finetune.py"
+    use = f"xargs -a {job.quoted('args.txt')} python open_instruct/finetune.py"
     return Written(total=job.total, use=f"{use} ...", notes=notes)
 
 
@@ -120,7 +122,7 @@ def ms_swift(job: Job) -> Written:
             path = job.convert(f"{source.key}.jsonl", source, as_messages)
         words.append(f"{path}#{count}")
     job.write("args.txt", shlex.join(words) + "\n")
-    use = f"xargs -a {shlex.quote(str(job.target / 'args.txt'))} swift sft --model ..."
+    use = f"xargs -a {job.quoted('args.txt')} swift sft --model ..."
     return Written(total=job.total, use=use, notes=notes)
 
 

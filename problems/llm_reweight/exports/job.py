@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -201,6 +202,10 @@ class Job:
         readers = [s.originals.lines(o) for s, o in zip(self.sources, own, strict=True)]
         return (next(readers[source]) for source, _ in rows)
 
+    def quoted(self, name: str) -> str:
+        """A file of the folder as a shell takes it."""
+        return shlex.quote(str(self.target / name))
+
     def write(self, name: str, text: str) -> None:
         (self.folder / name).write_text(text, encoding="utf-8")
 
@@ -338,12 +343,12 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def _keys(names: Sequence[str]) -> list[str]:
-    """Names that no tool takes apart, each once."""
+    """Names that no tool takes apart, each once also where case makes no difference."""
     found: list[str] = []
     for name in names:
         plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("._-") or "source"
         key, number = plain, 2
-        while key in found:
+        while key.casefold() in (other.casefold() for other in found):
             key, number = f"{plain}-{number}", number + 1
         found.append(key)
     return found

@@ -51,7 +51,7 @@ def lmflow(job: Job) -> Written:
             record = formed(job.sources[rows[number][0]], line, make[job.form])
             file.write(("," if number else "") + "\n" + record)
         file.write("\n]\n}\n")
-    return Written(total=job.total, use=f"--dataset_path {job.target / 'data'}", notes=notes)
+    return Written(total=job.total, use=f"--dataset_path {job.quoted('data')}", notes=notes)
 
 
 def _write(job: Job, form: str) -> list[str]:

@@ -31,7 +31,7 @@ def megatron(job: Job) -> Written:
     job.write("data_args.txt", " ".join(words) + "\n")
     split = {"train": words, "valid": None, "test": None}
     job.write("per_split.json", json.dumps(split, indent=1))
-    use = f"--data-args-path {shlex.quote(str(job.target / 'data_args.txt'))}, or "
+    use = f"--data-args-path {job.quoted('data_args.txt')}, or "
     use += f"--per-split-data-args-path {shlex.quote(str(job.target / 'per_split.json'))}"
     return Written(total=job.total, use=use, notes=_given(job, "prefixes"))
 
@@ -68,7 +68,7 @@ def doremi(job: Job) -> Written:
     shares = dict(zip((s.name for s in job.sources), job.shares.trained_tokens, strict=True))
     body = {"train_domain_weights": shares, "eval_domain_weights": shares}
     job.write("doremi.json", json.dumps(body, indent=1, ensure_ascii=False))
-    return Written(total=job.total, use=f"--domain_config_path {job.target / 'doremi.json'}")
+    return Written(total=job.total, use=f"--domain_config_path {job.quoted('doremi.json')}")
 
 
 def hf(job: Job) -> Written:
@@ -86,6 +86,17 @@ def hf(job: Job) -> Written:
     if same and not text:
         schema = formats.detect(job.sources[0].first)
         columns = list(schema[1]) if schema else columns
+    with_tools = [] if text else [s.name for s in job.sources if "tools" in s.facts.keys]
+    notes = []
+    if columns == ["messages"] and len(with_tools) == len(job.sources):
+        columns = ["messages", "tools"]
+    elif with_tools:
+        notes.append(
+            f"the tools of {', '.join(with_tools)} are left out: datasets mixes columns that all "
+            "sources have; to keep them, export mixed"
+        )
+    if job.wanted:
+        notes.append("--total has no effect: datasets draws until every source was used up")
     body = {
         "data_files": files,
         "columns": columns,
@@ -104,7 +115,7 @@ def hf(job: Job) -> Written:
             "data = interleave_datasets(parts, **{key: mix[key] for key in keys})",
         ]
     )
-    return Written(total=job.whole, use=use)
+    return Written(total=job.whole, use=use, notes=notes)
 
 
 def _stem(source: Source) -> str:
