@@ -59,8 +59,9 @@ def warnings(history: Sequence[dict[str, Any]]) -> list[str]:
         )
     elif len(changes) > 1 and not any(changes):
         found.append(
-            "x never moved: its gradient was zero at every step. Check that a loss depends on x, "
-            "raise upper_lr, or choose a method that sees x through the lower level."
+            "x never moved: its gradient was zero at every step, or within what the solver takes "
+            "for noise, or bounds hold x. Check that a loss depends on x, allow more steps, raise "
+            "upper_lr, or choose a method that sees x through the lower level."
         )
     if last.get("linear_residual", 0.0) > RESIDUAL:
         found.append(

@@ -99,7 +99,7 @@ def fingerprint(options: Options) -> dict[str, Any]:
         flat |= {f"{kind}.{name}": getattr(part, name) for name in names}
     flat |= {f"problem.{k}": v for k, v in options.problem.fingerprint().items()}
     flat |= {"seed": options.settings.seed}
-    flat |= {"seeds": "several"} if options.settings.seeds > 1 else {}  # their number may change
+    flat |= {"seeds": "several" if options.settings.seeds > 1 else "one"}  # how many may change
     return json.loads(json.dumps(flat, default=str))
 
 

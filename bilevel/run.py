@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if processes.rank() == 0:
-            print("interrupted before the first step; nothing was written.", file=sys.stderr)
+            print("interrupted; nothing was saved since the last checkpoint.", file=sys.stderr)
         return 130
 
 

@@ -124,6 +124,16 @@ def test_every_source_has_its_row_and_its_name_as_given(written):
     assert {len(row) for row in rows} == {7}
 
 
+def test_a_comparison_of_other_weights_is_not_shown(written, tmp_path):
+    out, names = written
+    (tmp_path / "comparison.json").write_text((out / "comparison.json").read_text())
+    rows = history(names, [1 / len(names)] * len(names), 0)
+    body = content(names, [1 / len(names)] * len(names))
+    for compared in (True, False):
+        report.write(body, rows, tmp_path, compared=compared)
+        assert ("<q>best" in str(page(tmp_path).__dict__)) is compared
+
+
 def test_texts_make_no_markup(written):
     found = page(written[0])
     assert not found.tags & {"script", "b", "i", "u", "em", "s", "tt", "q"}

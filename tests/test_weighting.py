@@ -328,6 +328,8 @@ WRONG = {
     "groups=sea=law": "'sea' is the name of a source",
     "groups='a=sea b=sea,law'": "source 'sea' twice, in 'a' and 'b'",
     "weigh=groups": "needs problem.groups",
+    "groups=all=sea,law,food,art": "problem.groups leaves one weight, for all sources",
+    "weigh=examples batch=1": "problem.batch must be at least 2 with problem.weigh=examples",
     "min_weight=0.3": "problem.min_weight adds up to 1.2 over 4 sources, expected at most 1",
     "max_weight=0.2": "add up to 0.8 over 4 sources, expected at least 1",
     "max_weight=sea=1.5": "problem.max_weight must be from 0 to 1, got sea=1.5",

@@ -39,7 +39,7 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
     exported = _export(problem, out)
     from bilevel.problems.llm_reweight import report
 
-    report.write(body, result.history, out)
+    report.write(body, result.history, out, compared=bool(problem.compare))
     several = len(body["seeds"]) > 1
     shares = ", ".join(
         f"{s['name']} {s['weight']:.3f}" + (f" (+-{s['weight_std']:.3f})" if several else "")

@@ -31,8 +31,14 @@ Line = tuple[list[int], list[float]]
 """Steps and values."""
 
 
-def write(body: dict[str, Any], history: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write plots/*.png and report.html into `out`.
+def write(
+    body: dict[str, Any],
+    history: Sequence[dict[str, Any]],
+    out: Path,
+    *,
+    compared: bool = True,
+) -> None:
+    """Write plots/*.png and report.html into `out`; `compared` if its comparison is of this run.
 
     What the folder holds beside is shown too: the histories and the resources of several seeds,
     comparison.json, plan.json, and what was exported.
@@ -51,7 +57,7 @@ def write(body: dict[str, Any], history: Sequence[dict[str, Any]], out: Path) ->
         "images": images,
         "sentences": sorted(sentences, key=lambda s: not s.startswith(JUDGES)),
         "several": len(histories) > 1,
-        "comparison": _json(out / "comparison.json"),
+        "comparison": _json(out / "comparison.json") if compared else None,
         "plan": plan and _planned(plan, resources),
         "used": _used(resources),
         "commands": _commands(body, out),

@@ -157,6 +157,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def spanned(values: Sequence[float]) -> str:
     """A mean with its interval, in words."""
     low, high = interval(values)
+    if len(values) < 2:
+        return f"{values[0]:+.3f} nats in one pair, which has no interval"
     return f"{statistics.fmean(values):+.3f} nats, 95 % interval {low:+.3f} to {high:+.3f}"
 
 

@@ -134,6 +134,8 @@ def weighting(problem: LLMReweight) -> Weighting:
     faults: list[str] = []
     names = problem.names
     groups = _groups(problem, names, faults)
+    if len(groups) < 2 and not faults:
+        faults.append("problem.groups leaves one weight, for all sources; nothing can be learned.")
     if faults:
         raise InputError(faults)
     records = [len(source.examples) for source in problem.data.sources.values()]
@@ -207,6 +209,11 @@ def options_faults(problem: LLMReweight) -> list[str]:
         if not 0 <= getattr(problem, name) < float("inf"):
             faults.append(f"problem.{name} must be at least 0, got {getattr(problem, name)}.")
     if problem.weigh == "examples":
+        if problem.batch < 2:
+            faults.append(
+                "problem.batch must be at least 2 with problem.weigh=examples, where the weight of "
+                f"a row is relative to the others of its batch, got {problem.batch}."
+            )
         used = [name for name in CONSTRAINTS if getattr(problem, name)]
         faults += [
             f"problem.{name} is about weights of sources and cannot be used with "
