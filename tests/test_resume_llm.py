@@ -21,7 +21,7 @@ from bilevel.problems.llm_reweight import report
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import tokenizers
 
-report.write = lambda *a: None  # plots are slow and come after all that is tested here
+report.write = lambda *a, **k: None  # plots are slow and come after all that is tested here
 os.fsync = lambda *a: None  # slow, and what a killed process wrote is not lost without it
 
 def count(owner, name, left):
