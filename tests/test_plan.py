@@ -19,7 +19,8 @@ from bilevel.footprint import work
 from bilevel.fsdp import DDP, FSDP2
 from bilevel.lora import LoRA
 from bilevel.problems.llm_reweight import LLMReweight, footprint, rehearsal, shapes
-from bilevel.problems.llm_reweight.footprint import Choices, Passes
+from bilevel.problems.llm_reweight.choices import Choices, choices
+from bilevel.problems.llm_reweight.footprint import Passes
 from bilevel.problems.llm_reweight.model import example_losses
 from bilevel.solvers.penalty import f2sa, proximal, scalebio
 from bilevel.storage import fake
@@ -106,7 +107,7 @@ def bytes_of(problem, solver, memory, **changes):
     """The moments of one process on a CPU, where the optimizer steps tensor by tensor."""
     of, passes = footprint._shape(problem), footprint._rows(problem, 1)
     does = work(solver, problem.number(memory), memory)
-    made = footprint.choices(problem, does, memory, Single(), 1, of)
+    made = choices(problem, does, memory, Single(), 1, of)
     return footprint.moments(of, dataclasses.replace(made, foreach=False, **changes), passes)
 
 
@@ -302,7 +303,7 @@ def test_operations_are_those_that_torch_counts(memory, again):
         example_losses(model, batch, chunk=64).sum().backward()
     of, passes = footprint._shape(problem), Passes(rows=4, length=64, lower=1, upper=0)
     work_ = work(scalebio())
-    made = footprint.choices(problem, work_, memory or Full(), Single(), 1, of)
+    made = choices(problem, work_, memory or Full(), Single(), 1, of)
     counted = counter.get_total_flops()
     assert footprint.pass_flops(of, made, passes) * passes.tokens == pytest.approx(
         counted, rel=1e-3
@@ -381,9 +382,7 @@ def test_launchers_share_out_what_they_share_out():
     does = work(solver, torch.bfloat16)
     of = shapes.shape("yi-34b")
     held = {"reduces": False}
-    made = {
-        kind: footprint.choices(problem, does, LISA(), kind(**held), 8, of) for kind in (FSDP2, DDP)
-    }
+    made = {kind: choices(problem, does, LISA(), kind(**held), 8, of) for kind in (FSDP2, DDP)}
     assert made[FSDP2].weight_shards == made[FSDP2].state_shards == 8
     assert made[DDP].weight_shards == made[DDP].gradient_shards == 1
     for kind in made:  # summed over two passes before they are shared, in float32
@@ -393,7 +392,7 @@ def test_launchers_share_out_what_they_share_out():
         late = footprint.moments(of, both, footprint._rows(problem, 8))["at the lowest block"]
         first = made[kind].trained(of) * 2 / made[kind].gradient_shards
         assert late["gradients"] == first + made[kind].trained(of) * 4
-    cut = footprint.choices(problem, does, LISA(), FSDP2(), 8, of)
+    cut = choices(problem, does, LISA(), FSDP2(), 8, of)
     late = footprint.moments(of, cut, footprint._rows(problem, 8))["at the lowest block"]
     assert late["gradients"] == cut.trained(of) * 2 / 8
     passes = footprint._rows(problem, 8)

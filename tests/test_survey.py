@@ -15,6 +15,7 @@ from bilevel.lora import LoRA
 from bilevel.memory import LISA
 from bilevel.problems.llm_reweight import LLMReweight, footprint, rehearsal
 from bilevel.problems.llm_reweight import survey as module
+from bilevel.problems.llm_reweight.choices import Choices
 from bilevel.problems.llm_reweight.survey import padded, survey, table
 from bilevel.solvers.penalty import scalebio
 
@@ -141,7 +142,7 @@ def test_steps_are_timed_on_this_machine_only(capsys, words):
 
 
 def test_on_a_processor_freed_memory_counts(tmp_path):
-    base = footprint.Choices(blocks=2, weight=4.0)
+    base = Choices(blocks=2, weight=4.0)
     kept = dataclasses.replace(base, keeps=0.5)
     of, passes = (
         footprint._shape(LLMReweight()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from bilevel import InputError, Launcher, Memory, Problem, Solver, Stream, processes
 from bilevel.cards import Card
 from bilevel.footprint import Footprint, Work
+from bilevel.problems.llm_reweight import checks
 from bilevel.problems.llm_reweight import data as data_module
 from bilevel.problems.llm_reweight import exports as exports_module
 from bilevel.problems.llm_reweight import model as model_module
@@ -41,7 +41,7 @@ class LLMReweight(Problem):
 
     x are the logits of the source weights, in float64 so that differences of nearly equal losses
     keep their digits; y is a causal language model. `weighting.Weighting` has what groups, bounds
-    and a prior make of x, `examples.Members` what one weight for each example is.
+    and a prior make of x, `per_example.Members` what one weight for each example is.
 
     Reference: Pan et al., ScaleBiO: Scalable Bilevel Optimization for LLM Data Reweighting, ACL
     2025. Deviation: every batch holds the same number of rows of every source.
@@ -235,66 +235,8 @@ class LLMReweight(Problem):
     def names(self) -> list[str]:
         return list(self.data.sources)
 
-    def out_of_range(self) -> list[str]:
-        """Every option that no data and no machine could make right, as sentences."""
-        least = {"batch": 1, "target_batch": 1, "max_length": 2, "layers": 1, "micro_batch": 0}
-        least |= {"verdict_steps": 1, "verdict_seeds": 1, "loss_chunk": 0, "compare_tokens": 0}
-        least |= {"held_megabytes": 1}
-        faults = [
-            f"problem.{name} must be at least {bound}, got {getattr(self, name)}."
-            for name, bound in least.items()
-            if getattr(self, name) < bound
-        ]
-        if not 0 < self.verdict_lr < math.inf:
-            faults.append(f"problem.verdict_lr must be positive, got {self.verdict_lr}.")
-        if self.width < 16 or self.width % 16:
-            faults.append(f"problem.width must be a multiple of 16, got {self.width}.")
-        return faults
-
     def check(self) -> list[str]:
-        faults = self.out_of_range() + exports_module.unknown(self.export)
-        faults += weighting_module.options_faults(self)
-        try:
-            self.placement  # noqa: B018, read for what it raises
-        except InputError as error:
-            faults += error.faults
-        if self.model != "tiny":
-            faults += model_module.check_folder(self.model)
-        if self.transfer:
-            faults += self._check_transfer()
-        if self.compare and self.weigh == "examples":
-            faults.append(
-                "problem.compare holds weights of sources against each other; leave it out where "
-                "problem.weigh=examples."
-            )
-        by_source = self.weigh != "examples" and not weighting_module.is_plain(self)
-        if self.sources or self.target or by_source or self.compare:
-            try:
-                if self.compare:
-                    from bilevel.problems.llm_reweight.baselines import comparison
-
-                    comparison.chosen(self.compare, self.names)
-                if 0 < self.batch < len(self.names) and self.weigh != "examples":
-                    faults.append(
-                        "problem.batch must be at least the number of sources, "
-                        f"{len(self.names)}, got {self.batch}."
-                    )
-                if by_source:
-                    self.weighting  # noqa: B018, read for what it raises
-            except InputError as error:
-                faults += error.faults
-        return faults
-
-    def _check_transfer(self) -> list[str]:
-        from bilevel.problems.llm_reweight import verdict
-
-        other = verdict.another(self, self.transfer)
-        faults = other.out_of_range() if other.model == "tiny" else []
-        if other.model != "tiny":
-            faults += model_module.check_folder(other.model)
-        if self.weigh == "examples":
-            faults.append("it judges weights of sources; leave it out where examples are weighed.")
-        return [f"of problem.transfer={self.transfer}: {fault}" for fault in faults]
+        return checks.option_faults(self)
 
     def fingerprint(self) -> dict[str, Any]:
         held = ("sources", "target", "test", "model", "allow_overlap", "verdict", "on_bad_record")
@@ -397,20 +339,7 @@ class LLMReweight(Problem):
         return every(batch, index, count)
 
     def check_share(self, count: int) -> list[str]:
-        try:
-            each = self.weigh == "examples"
-            whole = self.batch if each else self.batch // len(self.names) * len(self.names)
-            rows = {"batch": whole}
-        except InputError:  # told by check
-            return []
-        rows["target_batch"] = self.target_batch
-        return [
-            f"problem.{name}={getattr(self, name)} gives {found} rows, which {count} processes "
-            f"cannot share out evenly; make it a multiple of {count}"
-            + (" in whole rows of each source." if name == "batch" else ".")
-            for name, found in rows.items()
-            if found % count
-        ]
+        return checks.share_faults(self, count)
 
     def lower(self, x: Tensor, y: nn.Module, batch: Batch) -> Tensor:
         losses = self.losses(y, batch).double()

@@ -1,0 +1,195 @@
+"""What of memory strategy, launcher and problem decides the bytes of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from bilevel import LISA, Full, InputError, Launcher, Memory
+from bilevel.footprint import Work
+from bilevel.lora import LoRA
+from bilevel.problems.llm_reweight.shapes import Shape
+from bilevel.tracking import memory as memory_used
+
+if TYPE_CHECKING:
+    from bilevel.problems.llm_reweight.problem import LLMReweight
+
+SLACK = 2.5e9
+"""Bytes for the CUDA context, NCCL's buffers and what the allocator cannot use; assumed."""
+LIBRARIES = 1.5e9
+"""Bytes of host memory of a process with CUDA and its libraries, before it holds a model."""
+KEEPS = 0.8
+"""Of glibc's malloc: 0.5 with all blocks training to 1.3 with adapters, see docs/log.md."""
+WIDE = 4
+"""Bytes of a number in float32, in which losses, norms and reductions are computed."""
+BYTES = {"auto": 2, "float32": 4, "bfloat16": 2}
+"""Of a number by problem.dtype; the cards that are planned for compute in bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What decides the bytes of a step; bytes are per number."""
+
+    weight: float = 2.0
+    """Of a weight of the model."""
+    bases: int = 2
+    """Whole models on the device: one for each copy of y, or one frozen base."""
+    learners: int = 2
+    """Copies of y."""
+    resident: int = 2
+    """Copies of y whose trained part, gradient and states are on the device at a time."""
+    gradients: int = 2
+    """Copies of y whose gradients exist at the same time."""
+    blocks: int = 0
+    """Blocks that train at a time in one copy."""
+    ends: tuple[str, ...] = ("embedding", "head", "norms")
+    """Parts outside the blocks that train."""
+    drawn: int | None = None
+    """Blocks of which every twin has its own on one shared base; None: what trains now alone."""
+    rank: int = 0
+    """Of adapters on every matrix of the blocks; 0 has none."""
+    adapter: float = 4.0
+    """Of a number of an adapter."""
+    held: float = 12.0
+    """Of master copy and optimizer state together."""
+    held_on_host: bool = False
+    """Whether these are in host memory, and a copy steps by one parameter at a time."""
+    kept: float = 0.0
+    """Of further vectors that the solver keeps, for each number of y."""
+    gradient: float = 2.0
+    """Of a gathered gradient."""
+    at_once: bool = True
+    """Whether all gradients exist together, rather than those of one block at a time."""
+    checkpointing: bool = True
+    """Whether blocks keep their input only and are computed again in the backward pass."""
+    chunk: int = 0
+    """Tokens whose logits exist at a time; 0 for all of a pass."""
+    weight_shards: int = 1
+    gradient_shards: int = 1
+    state_shards: int = 1
+    """Devices among which weights, gradients, and states are shared out."""
+    gathers: bool = False
+    """Whether blocks are gathered before use, which takes buffers."""
+    ends_apart: bool = True
+    """Whether embedding and head are gathered and freed by themselves."""
+    deferred: bool = False
+    """Whether gradients of several passes are summed whole, in float32, before they are shared."""
+    foreach: bool = True
+    """Whether the optimizer step computes on all tensors at once, with temporaries of that size."""
+    width: float = 4.0
+    """Of a number that the optimizer computes with."""
+    around: tuple[str, float] = ("context and slack", SLACK)
+    """What there is besides the model, in words and bytes."""
+    keeps: float = 0.0
+    """Share of what a step takes and frees again that the allocator does not give back."""
+
+    def trained(self, of: Shape) -> int:
+        """Numbers of one copy that train at a time."""
+        if self.rank:
+            return of.adapters(self.rank)
+        return self.blocks * of.block + sum(getattr(of, part) for part in self.ends)
+
+    def forked(self, of: Shape) -> int:
+        """Numbers of which every twin has its own on one shared base."""
+        if self.drawn is None:
+            return self.trained(of)
+        return of.total - (of.blocks - self.drawn) * of.block
+
+    def unit(self, of: Shape) -> int:
+        """Numbers of the largest part whose gradients exist at once in any case."""
+        if self.rank:
+            return of.adapters(self.rank) // of.blocks
+        return max(of.block if self.blocks else 0, *(getattr(of, part) for part in self.ends), 0)
+
+
+def choices(
+    problem: LLMReweight,
+    work: Work,
+    memory: Memory,
+    launcher: Launcher,
+    devices: int,
+    of: Shape | None = None,
+    steps: int = 1,
+) -> Choices:
+    """The choices that options make, after so many upper steps.
+
+    Raises:
+        InputError: For every strategy or launcher whose needs are not known here.
+    """
+    faults = []
+    if problem.attention == "eager":
+        faults.append(
+            "problem.attention=eager keeps all scores, which is not planned; leave it out."
+        )
+    weight = BYTES[problem.dtype]
+    base: dict[str, Any] = {
+        "weight": weight,
+        "bases": work.copies,
+        "learners": work.copies,
+        "resident": work.copies,
+        "gradients": work.gradients,
+        "held": work.held,
+        "kept": work.kept,
+        "width": work.width,
+        "gradient": weight,
+        "checkpointing": problem.checkpointing,
+        "chunk": problem.loss_chunk,
+    }
+    if problem.device == "cpu":
+        base |= {"foreach": False, "around": ("interpreter and libraries", _libraries())}
+        base |= {"keeps": KEEPS}
+    blocks = of.blocks if of else 1
+    kind = type(memory)  # not isinstance: what extends a strategy may need more
+    if kind is Full:
+        base |= {"blocks": blocks}
+    elif kind is LISA and isinstance(memory, LISA):
+        if of and memory.gamma > blocks:
+            faults.append(
+                f"memory.gamma must be at most the number of blocks, {blocks}, got {memory.gamma}."
+            )
+        ends = tuple(n for n in ("embedding", "head", "norms") if getattr(memory, n))
+        drawn = min(memory.pool or blocks, memory.gamma * ceil(steps / memory.period))
+        base |= {"blocks": memory.gamma, "ends": ends}
+        tied = of is not None and of.tied  # then no blocks are shared
+        shares = memory.share and not tied
+        base |= {"bases": 1, "drawn": drawn} if shares else {}
+        if memory.offload != "none":
+            base |= {"bases": 1, "drawn": drawn if shares else blocks, "resident": 1}
+            base |= {"held_on_host": memory.offload == "states"}
+    elif kind is LoRA and isinstance(memory, LoRA):
+        if memory.targets:
+            faults.append("memory.targets cannot be planned yet; leave it out for all matrices.")
+        base |= {"blocks": 0, "ends": (), "rank": memory.rank, "bases": 1, "gradient": WIDE}
+    else:
+        faults.append(f"memory={type(memory).__name__.lower()} cannot be planned yet.")
+    match type(launcher).__name__:
+        case "Single":
+            if devices > 1:
+                faults.append(
+                    f"launcher=single uses one device, got devices={devices}; use launcher=fsdp2, "
+                    "or devices=1."
+                )
+        case "FSDP2":
+            shards = dict.fromkeys(("weight_shards", "gradient_shards", "state_shards"), devices)
+            apart = not of.tied if of else True
+            base |= shards | {"gathers": True, "ends_apart": apart}
+            base |= {"deferred": not getattr(launcher, "reduces", False)}
+        case "DDP":
+            base |= {"deferred": not getattr(launcher, "reduces", False)}
+        case name:
+            faults.append(f"launcher={name.lower()} cannot be planned yet.")
+    offloads = isinstance(memory, LISA) and memory.offload != "none"
+    if offloads and type(launcher).__name__ != "Single":
+        faults.append("memory.offload needs launcher=single; leave one of them out.")
+    if faults:
+        raise InputError(faults)
+    return Choices(**base)
+
+
+def _libraries() -> float:
+    """What this process holds, with what a run imports too."""
+    import peft  # noqa: F401 - both for their memory
+    import transformers.modeling_utils  # noqa: F401
+
+    return float(memory_used().get("resident", LIBRARIES))
