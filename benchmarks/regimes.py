@@ -35,6 +35,7 @@ import bilevel
 from bilevel import plugins
 from bilevel.linear import norm
 from bilevel.problems.llm_reweight import LLMReweight, verdict
+from bilevel.problems.llm_reweight.baselines.fed_back import FedBack
 from bilevel.problems.llm_reweight.baselines.influence import Influence
 from bilevel.problems.llm_reweight.baselines.lab import Lab, search_tokens
 from bilevel.problems.llm_reweight.baselines.method import Method, normalized
@@ -46,7 +47,6 @@ Weights = dict[str, float]
 STEPS = 600  # of the bilevel search that sets the budget
 GRADIENT = 64  # rows of a source for its mean gradient, twice as many of the target
 MARKS = (1 / 8, 1 / 4, 1 / 2, 1)  # of a warm-up, where influence is taken
-ROUNDS = 6
 THOROUGH = 2  # up to this seed all settings of influence run, later the better ones
 GENEROUS = 1  # up to this seed MixMin is also run with all it wants, several times the budget
 RECIPE = "bilevel, 600 steps, lower_lr 3e-3"
@@ -152,42 +152,6 @@ def checkpoints(lab: Lab) -> list[list[float]]:
     return [gradient_cosines(lab, step.model) for step in path if step.number in marks]
 
 
-def rounds(lab: Lab) -> list[list[float]]:
-    """Weights of influence taken ROUNDS times, each time after a training on the last weights.
-
-    The model goes on from where it was; the new weights are the mean of the old ones and of the
-    cosines, cut at zero.
-    """
-    from bilevel.problems.llm_reweight import training
-
-    problem = lab.problem
-    lengths = sum(lab.lengths) + 2 * sum(lab.lengths) / len(lab.lengths)
-    steps = lab.steps(lab.budget - ROUNDS * GRADIENT * lengths) // ROUNDS
-    model = lab.fresh()
-    optimizer = training.adamw(problem, model)
-    weights, found = torch.tensor(list(lab.uniform.values()), dtype=torch.float64), []
-    for number in range(ROUNDS):
-        seed = 100 * lab.seed + number
-        rows = training.Drawn(problem.rows, weights.tolist(), total=problem.batch, seed=seed)
-        for _ in range(steps):
-            batch = next(rows)
-            lab.tokens += training_tokens(batch)
-            problem.losses(model, batch).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        scores = torch.tensor(gradient_cosines(lab, model), dtype=torch.float64).clamp_min(0)
-        if float(scores.sum()) > 0:
-            weights = (weights + scores / scores.sum()) / 2
-        found.append(weights.tolist())
-    return found
-
-
-def training_tokens(batch: Any) -> int:
-    from bilevel.problems.llm_reweight.baselines.lab import tokens
-
-    return tokens(batch)
-
-
 def mixtures(bench: Bench) -> Iterator[tuple[str, Weights, float | None]]:
     """Every mixture to judge: its name, weights, and what finding it cost, none for given ones."""
     names = bench.problem().names
@@ -233,17 +197,16 @@ def influences(bench: Bench) -> Iterator[tuple[str, Weights, float]]:
     for tau in (0.15, 0.5):
         weights = normalized(names, [math.exp(v / tau) for v in scores[-1]])
         yield f"influence, lr 1e-3, at the end, softmax {tau}", weights, found["cost"]
-    found = bench.searched("rounds", rounds, verdict_lr=1e-3)
-    weights = [statistics.fmean(column) for column in zip(*found["found"][1:], strict=True)]
-    name = f"influence, fed back {ROUNDS} times"
-    yield name, dict(zip(names, weights, strict=True)), found["cost"]
+    yield "influence, fed back, preset", *library(bench, "fed back", FedBack())
+    found = library(bench, "fed back, lr 1e-3", FedBack(), verdict_lr=1e-3)
+    yield "influence, fed back, lr 1e-3", *found
 
 
 def library(
-    bench: Bench, name: str, method: Method, budget: float | None = None
+    bench: Bench, name: str, method: Method, budget: float | None = None, **options: Any
 ) -> tuple[Weights, float]:
     search: Callable[[Lab], Weights] = lambda lab: method.search(lab).weights  # noqa: E731
-    found = bench.searched(name, search, budget=budget)
+    found = bench.searched(name, search, budget=budget, **options)
     return found["found"], found["cost"]
 
 
