@@ -218,7 +218,7 @@ def _levels(graph: fx.Graph, counts: Sequence[int]) -> dict[fx.Node, int]:
     return level
 
 
-FILLED = {aten.ones_like.default: 1.0}
+FILLED = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
 """Kernels that read only the shape of their input, and what they fill it with."""
 
 
@@ -230,9 +230,7 @@ def _rewrite(graph: fx.Graph, level: dict[fx.Node, int]) -> None:
         with graph.inserting_before(node):
             new = _replaced(graph, node, level)
         if new is not None:
-            if new not in level:
-                new.meta = node.meta
-                level[new] = level[node]
+            new.meta = new.meta or node.meta
             node.replace_all_uses_with(new)
             graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -247,12 +245,15 @@ def _replaced(graph: fx.Graph, node: fx.Node, level: dict[fx.Node, int]) -> fx.N
         return new
 
     def flipped(of: fx.Node) -> fx.Node:
-        return call(aten.t.default, of, rank=level[of])
+        twice = of.target is aten.t.default
+        return of.args[0] if twice else call(aten.t.default, of, rank=level[of])  # type: ignore
 
     match node.target, node.args:
         case (aten.detach.default, (fx.Node() as same,)):
             return same
         case (aten.pow.Tensor_Scalar | aten.mul.Tensor | aten.mul.Scalar, (fx.Node() as same, 1.0)):
+            return same if _alike(node, same) else None
+        case (aten.add.Tensor, (fx.Node() as same, fx.Node() as zero)) if _zero(zero):
             return same if _alike(node, same) else None
         case (aten.t.default, (fx.Node(target=aten.t.default) as turned,)):
             return turned.args[0]  # type: ignore[return-value]
@@ -280,8 +281,15 @@ def _tall(node: fx.Node) -> bool:
     return len(shape) == 2 and shape[0] >= SKINNY * shape[1]
 
 
+def _zero(node: fx.Node) -> bool:
+    return node.target is aten.full.default and node.args[1] == 0.0
+
+
 def _alike(a: fx.Node, b: fx.Node) -> bool:
-    return "val" in b.meta and a.meta["val"].dtype == b.meta["val"].dtype
+    if "val" not in b.meta:
+        return False
+    one, other = a.meta["val"], b.meta["val"]
+    return (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
 def _outputs(graph: fx.Graph) -> list[fx.Node]:
