@@ -282,7 +282,7 @@ def _tall(node: fx.Node) -> bool:
 
 
 def _zero(node: fx.Node) -> bool:
-    return node.target is aten.full.default and node.args[1] == 0.0
+    return node.target is aten.full.default and bool(node.args[1] == 0.0)
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
