@@ -223,10 +223,15 @@ FILLED = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
 
 
 def _rewrite(graph: fx.Graph, level: dict[fx.Node, int]) -> None:
-    """Leave out what does nothing without autograd, and transpose tall narrow products."""
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
+    """Leave out what does nothing without autograd, and transpose tall narrow products.
+
+    Transposed results have other strides, so a view of them may have to copy; a graph that says
+    strides in numbers keeps them.
+    """
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    if any(node.target is aten.as_strided.default for node in nodes):
+        nodes = [node for node in nodes if node.target in FILLED]
+    for node in nodes:
         with graph.inserting_before(node):
             new = _replaced(graph, node, level)
         if new is not None:
@@ -253,6 +258,8 @@ def _replaced(graph: fx.Graph, node: fx.Node, level: dict[fx.Node, int]) -> fx.N
             return same
         case (aten.pow.Tensor_Scalar | aten.mul.Tensor | aten.mul.Scalar, (fx.Node() as same, 1.0)):
             return same if _alike(node, same) else None
+        case (aten.view.default | aten._unsafe_view.default, (of, size)):
+            return call(aten.reshape.default, of, size)
         case (aten.add.Tensor, (fx.Node() as same, fx.Node() as zero)) if _zero(zero):
             return same if _alike(node, same) else None
         case (aten.t.default, (fx.Node(target=aten.t.default) as turned,)):

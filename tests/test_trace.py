@@ -97,6 +97,31 @@ def test_tall_products_run_transposed():
 
 
 @pytest.mark.parametrize(
+    "seen",
+    [lambda p: p.view(5, 8, 4), lambda p: p.flatten(), lambda p: p.as_strided((40, 2), (4, 2))],
+    ids=["view", "flatten", "as_strided"],
+)
+def test_views_of_transposed_products(seen):
+    def function(x, s, batch):
+        loss = seen(ROWS @ (s[0] * x[1])).sin().square().mean()
+        return loss, [torch.func.grad(lambda y: seen(ROWS @ (y * x[1])).sin().mean())(s[0])]
+
+    x, s = POINTS[0], POINTS[1][:1]
+    v = [normal(6, 4, seed=7)]
+    traced = Traced(function, x, s, BATCH)
+    traced.at(x, BATCH)
+    found, saved = traced.record(s)
+    own = [[p.clone().requires_grad_() for p in part] for part in (x, s)]
+    scalar, expected = function(*own, BATCH)
+    options = {"allow_unused": True, "materialize_grads": True}
+    pulled = torch.autograd.grad(expected, [*own[1], *own[0]], v, **options)
+    torch.testing.assert_close(traced.scalar(s), scalar.detach(), **CLOSE)
+    torch.testing.assert_close(found[0], expected[0].detach(), **CLOSE)
+    along_s, along_x = traced.pull(saved, v)
+    torch.testing.assert_close([*along_s, *along_x], list(pulled), **CLOSE)
+
+
+@pytest.mark.parametrize(
     ("lower", "words"),
     [
         (lambda x, y: (y * torch.rand(())).square().sum() * x, "draws random numbers"),
