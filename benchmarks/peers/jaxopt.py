@@ -38,6 +38,9 @@ class Task:
             chain = jnp.square(y[0][1:] - y[0][:-1]).sum() / 8
             pull = (y[0] * d["b"]).reshape(-1, len(x)).sum(0) @ x
             return 0.5 * (d["d"] * jnp.square(y[0])).sum() + chain - pull
+        if self.options["family"] == "fewshot":
+            losses = self._heads("support", x, y[0])
+            return len(y[0]) * losses + 0.5 * decay * jnp.square(y[0]).sum()
         losses = entropy(logits(d["train"], y), d["labels"])
         if self.options["family"] == "cleaning":
             norm = sum(jnp.square(p).sum() for p in y)
@@ -49,7 +52,14 @@ class Task:
     def upper(self, y: list[Any], x: Any) -> Any:
         if self.options["family"] == "quadratic":
             return 0.5 * jnp.square(y[0] - self.data["c"]).mean()
+        if self.options["family"] == "fewshot":
+            return self._heads("query", x, y[0])
         return entropy(logits(self.data["valid"], y), self.data["valid_labels"]).mean()
+
+    def _heads(self, rows: str, x: Any, heads: Any) -> Any:
+        features = jnp.tanh(self.data[rows] @ x.reshape(-1, heads.shape[1]))
+        scores = (features @ heads).reshape(-1, heads.shape[2])
+        return entropy(scores, self.data[f"{rows}_labels"]).mean()
 
 
 def logits(rows: Any, y: list[Any]) -> Any:

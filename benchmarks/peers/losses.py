@@ -36,6 +36,9 @@ class Task:
             chain = (y[0][1:] - y[0][:-1]).square().sum() / 8
             pull = (y[0] * d["b"]).view(-1, len(x)).sum(0) @ x
             return 0.5 * (d["d"] * y[0].square()).sum() + chain - pull
+        if self.options["family"] == "fewshot":
+            losses = self._heads("support", x, y[0])
+            return len(y[0]) * losses + 0.5 * decay * y[0].square().sum()
         if self.options["family"] == "cleaning":
             losses = cross_entropy(logits(d["train"], y), d["labels"], reduction="none")
             return (x.sigmoid() * losses).mean() + 0.5 * decay * sum(p.square().sum() for p in y)
@@ -46,7 +49,14 @@ class Task:
     def upper(self, x: Tensor, y: list[Tensor]) -> Tensor:
         if self.options["family"] == "quadratic":
             return 0.5 * (y[0] - self.data["c"]).square().mean()
+        if self.options["family"] == "fewshot":
+            return self._heads("query", x, y[0])
         return cross_entropy(logits(self.data["valid"], y), self.data["valid_labels"])
+
+    def _heads(self, rows: str, x: Tensor, heads: Tensor) -> Tensor:
+        """The mean loss of all tasks' heads [tasks, width, ways] on features that x makes."""
+        features = torch.tanh(self.data[rows] @ x.view(-1, heads.shape[1]))
+        return cross_entropy((features @ heads).flatten(0, 1), self.data[f"{rows}_labels"])
 
 
 class Net(torch.nn.Module):

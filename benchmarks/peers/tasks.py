@@ -19,12 +19,13 @@ TASKS: dict[str, dict[str, Any]] = {
     "strengths": {"family": "strengths", "decay": 0.0, "lower_lr": 1.0, "upper_lr": 1.0},
     "cleaning-mlp": {"family": "cleaning", "decay": 0.005, "lower_lr": 0.5, "upper_lr": 100.0},
     "strengths-mlp": {"family": "strengths", "decay": 0.01, "lower_lr": 0.3, "upper_lr": 1.0},
+    "few-shot": {"family": "fewshot", "decay": 0.05, "lower_lr": 0.3, "upper_lr": 3.0},
     **{
         f"quadratic-{n}": {"family": "quadratic", "decay": 0.0, "lower_lr": 0.5, "upper_lr": 1.0}
         for n in (100, 10_000, 1_000_000)
     },
 }
-"""Hyper-cleaning and strengths of L2 per feature on digits, with a small network, and a chain.
+"""Hyper-cleaning and strengths of L2 per feature on digits, with a small network; few-shot; a chain.
 
 `lower_lr` is about 1 over the largest curvature of g; all libraries step by it from the same start.
 """
@@ -34,6 +35,7 @@ WORDS = {
     "strengths": "a strength of L2 per feature, softmax regression: 65 strengths, 650 lower",
     "cleaning-mlp": "hyper-cleaning, 16 hidden tanh: 1,000 weights, 1,200 lower variables",
     "strengths-mlp": "a strength of L2 per feature, 16 hidden tanh: 65 strengths, 1,200 lower",
+    "few-shot": "features for 40 tasks of 5 digits, 2 shots: 1,040 upper, 3,200 lower variables",
     "quadratic-100": "quadratic chain, 10 upper and 100 lower variables",
     "quadratic-10000": "quadratic chain, 10 upper and 10,000 lower variables",
     "quadratic-1000000": "quadratic chain, 10 upper and 1,000,000 lower variables",
@@ -48,6 +50,8 @@ def write(name: str, folder: Path) -> Path:
         options = TASKS[name]
         if options["family"] == "quadratic":
             arrays = _quadratic(int(name.split("-")[1]))
+        elif options["family"] == "fewshot":
+            arrays = _few_shot()
         else:
             arrays = _digits(options["family"], hidden=16 if name.endswith("-mlp") else 0)
         np.savez(path, options=json.dumps({"name": name, **options}), **arrays)
@@ -148,6 +152,34 @@ def _digits(family: str, *, hidden: int) -> dict[str, np.ndarray]:
         "valid_labels": labels[valid],
         "x0": np.zeros(first) if cleaning else np.full(65, -4.0),
         **{f"y0_{i}": p for i, p in enumerate(y0)},
+    }
+
+
+def _few_shot(
+    tasks: int = 40, ways: int = 5, shots: int = 2, queries: int = 10, width: int = 16
+) -> dict[str, np.ndarray]:
+    """Tasks that tell some of the digits apart; rows [tasks, rows, 65], labels flat."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = np.concatenate([pixels / 16 - 0.5, np.ones((len(pixels), 1))], 1)
+    random = np.random.default_rng(0)
+    drawn = []
+    for _ in range(tasks):
+        digits = random.choice(10, ways, replace=False)
+        rows = [random.permutation(np.flatnonzero(labels == d))[: shots + queries] for d in digits]
+        drawn.append(pixels[np.array(rows)])  # [ways, shots + queries, 65]
+    rows = np.array(drawn)
+    flat = {"support": rows[:, :, :shots], "query": rows[:, :, shots:]}
+    own = np.arange(ways)
+    return {
+        **{name: part.reshape(tasks, -1, part.shape[-1]) for name, part in flat.items()},
+        **{
+            f"{name}_labels": np.tile(np.repeat(own, part.shape[2]), tasks)
+            for name, part in flat.items()
+        },
+        "x0": random.normal(size=65 * width) / 8,
+        "y0_0": np.zeros((tasks, width, ways)),
     }
 
 
