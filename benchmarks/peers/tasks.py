@@ -25,7 +25,7 @@ TASKS: dict[str, dict[str, Any]] = {
         for n in (100, 10_000, 1_000_000)
     },
 }
-"""Hyper-cleaning and strengths of L2 per feature on digits, with a small network; few-shot; a chain.
+"""Hyper-cleaning and strengths of L2 per feature on digits, a small network, few-shot, a chain.
 
 `lower_lr` is about 1 over the largest curvature of g; all libraries step by it from the same start.
 """
