@@ -73,6 +73,15 @@ def block_paths(value: Value) -> list[str]:
     return [f"{path}.{i}" for i in range(len(stack))]
 
 
+def end_paths(module: nn.Module) -> dict[str, str]:
+    """Where the "embedding" and the "head" of a decoder stand, as `get_submodule` takes it."""
+    names = {id(part): name for name, part in module.named_modules()}
+    getters = {"embedding": "get_input_embeddings", "head": "get_output_embeddings"}
+    found = {part: getattr(module, getter, None) for part, getter in getters.items()}
+    parts = {part: get() for part, get in found.items() if callable(get)}
+    return {part: names[id(own)] for part, own in parts.items() if id(own) in names}
+
+
 def units(module: nn.Module) -> list[nn.Module]:
     """The parts that are gathered and freed by themselves when a module is sharded.
 

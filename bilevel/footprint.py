@@ -13,7 +13,7 @@ from bilevel.cards import Card
 from bilevel.errors import InputError
 from bilevel.launch import Launcher, Single
 from bilevel.memory import Full, Memory
-from bilevel.problem import Functions
+from bilevel.problem import Always, Functions, Stream
 from bilevel.solver import Solver
 from bilevel.variable import Variable
 
@@ -31,6 +31,8 @@ class Work:
     """Gradients of the upper loss, over all copies."""
     lower: int
     """Gradients of the lower loss, over all copies."""
+    batches: int
+    """Batches of the lower loss, each of which may serve several copies."""
     gradients: int
     """Copies of which the gathered gradients exist at the same time."""
     held: int
@@ -125,7 +127,7 @@ def work(solver: Solver, dtype: torch.dtype = torch.float32, memory: Memory | No
 
     >>> from bilevel.solvers.penalty import scalebio
     >>> work(scalebio())
-    Work(copies=2, upper=1, lower=2, gradients=1, held=8, width=4, kept=0)
+    Work(copies=2, upper=1, lower=2, batches=1, gradients=1, held=8, width=4, kept=0)
     """
     name = type(solver).__name__
 
@@ -146,8 +148,10 @@ def work(solver: Solver, dtype: torch.dtype = torch.float32, memory: Memory | No
     state = solver.init(problem, full, Single(), generator)
     copies = state.copies
     gradients = _gradients_of(copies)
+    state.streams["lower"] = drawn = _Counted(state.streams["lower"])
     state = solver.step(problem, Single(), state)
     first = dict(state.counts)
+    drawn.count = 0
     state = solver.step(problem, Single(), state)
     counts = {k: n - first[k] for k, n in state.counts.items()}
     if not counts["lower_grad"]:
@@ -158,11 +162,24 @@ def work(solver: Solver, dtype: torch.dtype = torch.float32, memory: Memory | No
         copies=len(copies),
         upper=counts["upper_grad"],
         lower=counts["lower_grad"],
+        batches=drawn.count,
         gradients=max(gradients),
         held=sum(held),
         width=max([*held, y0.element_size()]),
         kept=sum(kept),
     )
+
+
+class _Counted(Always):
+    """The stream of a toy problem, and how often it was asked."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(next(stream))
+        self.count = 0
+
+    def __next__(self) -> Any:
+        self.count += 1
+        return self.batch
 
 
 def _gradients_of(copies: Sequence[Variable]) -> list[int]:

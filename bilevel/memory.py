@@ -6,16 +6,17 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bilevel.blocks import block_paths, falls_apart, parameter_groups
+from bilevel.blocks import block_paths, end_paths, falls_apart, parameter_groups
 from bilevel.errors import InputError
 from bilevel.offload import Offload, Turns
 from bilevel.precision import Precision, with_precision
 from bilevel.tree import Value, named_leaves
+from bilevel.trunk import Trunk
 from bilevel.variable import OptimizerFactory, Variable
 
 log = logging.getLogger("bilevel")
@@ -104,7 +105,9 @@ class LISA(Memory):
 
     All copies of the lower variable share one draw. Optimizer state exists for the active set
     only: what leaves the set loses its state. With `share` the copies use the same blocks until
-    these are first drawn, when each takes a copy of its own: the same numbers in less memory.
+    these are first drawn, when each takes a copy of its own: the same numbers in less memory. What
+    lies below every block that can be drawn is the trunk, if the embedding is frozen too; with
+    `trunk` one copy passes it for all: the same numbers, bit for bit on a CPU, in less time.
 
     Reference: Pan et al., LISA: Layerwise Importance Sampling for Memory-Efficient Large Language
     Model Fine-Tuning, 2024, Algorithm 1. Deviations: final norms train with the head; the state of
@@ -124,9 +127,16 @@ class LISA(Memory):
     pool: int = 0
     """Blocks that are ever drawn, chosen at the start; 0 takes all. Bounds memory with `share`, but
     is not the published sampling."""
+    pool_from: Literal["all", "top"] = "all"
+    """Where those of the pool are chosen: at random among all blocks, or the last ones, next to the
+    head. Those below train never; with embedding=false they are the trunk."""
     share: bool = True
-    """Whether all copies use one set of the blocks that have never been drawn; not where parameters
-    are tied between parts of the model, such as embedding and head."""
+    """Whether all copies use one set of the blocks that have never been drawn, and of the ends that
+    never train; not where parameters are tied between parts of the model, such as embedding and
+    head."""
+    trunk: bool = True
+    """Whether the trunk is passed once for all copies on the same rows; takes memory for its
+    output on a lower batch."""
     precision: Precision = "master"
     """How bfloat16 and float16 parameters step: with float32 masters of what trains, by stochastic
     rounding, or plain, which loses small steps. Float32 and float64 are not concerned."""
@@ -143,6 +153,10 @@ class LISA(Memory):
         if self.pool and self.pool < self.gamma:
             faults.append(
                 f"memory.pool must be 0 or at least memory.gamma={self.gamma}, got {self.pool}."
+            )
+        if self.pool_from == "top" and not self.pool:
+            faults.append(
+                "memory.pool_from=top needs the number of those blocks, such as memory.pool=8."
             )
         if faults:
             raise InputError(faults)
@@ -172,8 +186,11 @@ class LISA(Memory):
         return with_precision(factory, self.precision, generator)
 
     def shared(self, value: Value) -> Sequence[str]:
-        apart = self.share and isinstance(value, nn.Module) and falls_apart(value)
-        return block_paths(value) if apart else ()
+        if not (self.share and isinstance(value, nn.Module) and falls_apart(value)):
+            return ()
+        ends = end_paths(value)
+        frozen = [ends[part] for part in ends if not getattr(self, part)]
+        return [*block_paths(value), *frozen]
 
     def init(self, value: Value, generator: torch.Generator) -> MemoryState:
         groups = parameter_groups(value)
@@ -189,7 +206,9 @@ class LISA(Memory):
             int(torch.randint(2**62, (), generator=generator, dtype=torch.int64))
         )
         pool = list(range(count))
-        if self.pool:
+        if self.pool and self.pool_from == "top":
+            pool = pool[-self.pool :]
+        elif self.pool:
             pool = sorted(torch.randperm(count, generator=own)[: self.pool].tolist())
         turns = None if self.offload == "none" else Turns(states=self.offload == "states")
         return _LISAState(self, groups, block_paths(value), pool, own, turns)
@@ -207,11 +226,14 @@ class _LISAState(MemoryState):
     ) -> None:
         self.options, self.groups, self.paths, self.pool = options, groups, paths, pool
         self.generator, self.turns = generator, turns
+        self.trunk = self._trunk()
         self.active: list[int] = []
         self.drawn: list[int] = []
         """Every block drawn so far: of these each copy has its own."""
 
     def before_step(self, step: int, variables: Sequence[Variable]) -> None:
+        if self.trunk:
+            self.trunk.adopt(variables)
         if step % self.options.period == 0 or not self.active:
             draw = torch.randperm(len(self.pool), generator=self.generator)
             self.active = sorted(self.pool[i] for i in draw[: self.options.gamma].tolist())
@@ -227,8 +249,14 @@ class _LISAState(MemoryState):
 
     def load_state_dict(self, state: dict[str, Any], variables: Sequence[Variable]) -> None:
         self.active, self.pool = list(state["active"]), list(state["pool"])
+        self.trunk = self._trunk()
         self.generator.set_state(state["generator"])
         self._fork(list(state["drawn"]), variables)
+
+    def _trunk(self) -> Trunk | None:
+        """What no draw can reach, where copies go through it together."""
+        still = self.options.trunk and not self.options.embedding
+        return Trunk(self.pool[0]) if still and self.pool[0] else None
 
     def _fork(self, blocks: list[int], variables: Sequence[Variable]) -> None:
         """Give every copy but the first, which owns all, blocks of its own."""

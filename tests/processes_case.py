@@ -20,6 +20,7 @@ from bilevel.tree import Part, leaves, local, size_bytes, whole
 
 LAUNCHERS = {"fsdp2": FSDP2(), "ddp": DDP()}
 MEMORIES = {"full": Full(), "lisa": LISA(gamma=1, period=4), "lora": LoRA(rank=4)}
+MEMORIES["top"] = LISA(gamma=1, period=4, pool=2, pool_from="top", embedding=False)
 SOLVERS = {
     "scalebio": scalebio(warmup=2, clip=1.0),
     "penalty": Penalty(  # Adam would turn rounding of small gradients into whole steps
@@ -43,6 +44,7 @@ CASES = [
     ("fsdp2", "full", "scalebio", 3),
     ("fsdp2", "lisa", "scalebio", 2),
     ("ddp", "lisa", "scalebio", 3),
+    ("fsdp2", "top", "scalebio", 2),
     ("fsdp2", "lora", "scalebio", 3),
     *(("fsdp2", "full", solver, 0) for solver in ("penalty", "vpbgd", "recursive")),
     *(("ddp", "full", solver, 0) for solver in ("tree", "tree-joint")),

@@ -11,6 +11,7 @@ ORDER = [
     ["piped", "tracking"],
     ["votes", "linear", "spectrum", "projection", "trace"],
     ["variable", "precision", "offload", "blocks", "processes"],
+    ["trunk"],
     ["problem", "memory"],
     ["launch", "lora", "zero_config"],
     ["oracle", "solver", "checkpoint", "plugins", "fsdp", "zero"],

@@ -47,6 +47,12 @@ class Choices:
     """Parts outside the blocks that train."""
     drawn: int | None = None
     """Blocks of which every twin has its own on one shared base; None: what trains now alone."""
+    shared_ends: tuple[str, ...] = ()
+    """Parts outside the blocks that all copies use for good."""
+    trunk: int = 0
+    """Blocks below all that can be drawn, where the embedding rests too: they leave no graph."""
+    once: bool = False
+    """Whether these are passed once for all copies, and their output is kept."""
     rank: int = 0
     """Of adapters on every matrix of the blocks; 0 has none."""
     adapter: float = 4.0
@@ -94,7 +100,8 @@ class Choices:
         """Numbers of which every twin has its own on one shared base."""
         if self.drawn is None:
             return self.trained(of)
-        return of.total - (of.blocks - self.drawn) * of.block
+        rest = sum(getattr(of, part) for part in self.shared_ends)
+        return of.total - rest - (of.blocks - self.drawn) * of.block
 
     def unit(self, of: Shape) -> int:
         """Numbers of the largest part whose gradients exist at once in any case."""
@@ -144,16 +151,21 @@ def choices(
     if kind is Full:
         base |= {"blocks": blocks}
     elif kind is LISA and isinstance(memory, LISA):
-        if of and memory.gamma > blocks:
-            faults.append(
-                f"memory.gamma must be at most the number of blocks, {blocks}, got {memory.gamma}."
-            )
+        faults += [
+            f"memory.{name} must be at most the number of blocks, {blocks}, got {number}."
+            for name, number in (("gamma", memory.gamma), ("pool", memory.pool))
+            if of and number > blocks
+        ]
         ends = tuple(n for n in ("embedding", "head", "norms") if getattr(memory, n))
         drawn = min(memory.pool or blocks, memory.gamma * ceil(steps / memory.period))
         base |= {"blocks": memory.gamma, "ends": ends}
         tied = of is not None and of.tied  # then no blocks are shared
         shares = memory.share and not tied
         base |= {"bases": 1, "drawn": drawn} if shares else {}
+        if shares:
+            base |= {"shared_ends": tuple({"embedding", "head"}.difference(ends))}
+        if memory.pool_from == "top" and "embedding" not in ends:
+            base |= {"trunk": blocks - memory.pool, "once": memory.trunk and work.copies > 1}
         if memory.offload != "none":
             base |= {"bases": 1, "drawn": drawn if shares else blocks, "resident": 1}
             base |= {"held_on_host": memory.offload == "states"}

@@ -130,7 +130,8 @@ def footprint(
         moments=moments(of, made, passes),
         host=_host(of, made, devices),
         disk=_disk(of, made),
-        flops=_step_tokens(work, passes) * pass_flops(of, made, passes),
+        flops=_step_tokens(work, passes) * pass_flops(of, made, passes)
+        - _saved_tokens(work, passes) * trunk_flops(of, made, passes),
         tokens=round(sum(passes.padded)),
         traffic=_traffic(of, made, passes, work),
         swapped=work.lower * _swapped(of, made) * (made.resident < made.learners),
@@ -156,6 +157,9 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
         "master copies and optimizer": states + made.learners * kept / made.state_shards,
         made.around[0]: made.around[1],
     }
+    if made.once:
+        several = passes.tokens * (passes.lower + passes.upper)
+        fixed["output of the trunk"] = several * of.width * made.weight
     if made.bases == 1 < made.resident and not made.rank:
         forked = (made.resident - 1) * made.forked(of)
         fixed["weights"] += forked * made.weight / made.weight_shards
@@ -168,13 +172,14 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
     late = {"gradients": before + own if made.at_once else unit}
     inside = 2 * made.weight * of.inner  # gradients of what is inside a block, on their way
     block = activations(of, made, trained=True) * made.checkpointing + inside
-    block, rest = block * passes.tokens, of.blocks * stored(of, made) * passes.tokens
+    reached = of.blocks - made.trunk
+    block, rest = block * passes.tokens, reached * stored(of, made) * passes.tokens
     buffers = _buffers(of, made, made.unit(of) * (made.gradient + WIDE))
     found = {
         "at the head": early
         | {"activations": rest, "loss and head": head_bytes(of, made, passes.tokens)}
         | _buffers(of, made, _head_trains(of, made) * of.embedding * WIDE),
-        "at the lowest block": late | {"activations": rest / of.blocks + block} | buffers,
+        "at the lowest block": late | {"activations": rest / reached + block} | buffers,
         "at the highest block": early | {"activations": rest + block} | buffers,
         "in the optimizer's step": _step(of, made, one=one, unit=unit),
     }
@@ -219,12 +224,12 @@ def _largest(of: Shape, made: Choices) -> int:
 
 
 def stored(of: Shape, made: Choices) -> float:
-    """Bytes that one token leaves in one block for the backward pass, the mean over the blocks."""
+    """Bytes that one token leaves in one block that may train, the mean over these."""
     if made.checkpointing:
         return made.weight * of.width
     if made.rank:
         return activations(of, made, trained=True)
-    share = made.blocks / of.blocks
+    share = made.blocks / (of.blocks - made.trunk)
     active, frozen = (activations(of, made, trained=t) for t in (True, False))
     return share * active + (1 - share) * frozen
 
@@ -269,25 +274,33 @@ def pass_flops(of: Shape, made: Choices, passes: Passes) -> float:
     A multiplication and its addition count as two. Attention is counted whole, as torch's counter
     does; kernels that skip what a token may not see do about half of it. Gradients of the input
     run from the head down to the lowest part that trains; where the embedding does not, LISA's
-    depth is the mean over its draws. A checkpointed block is computed again up to its last matrix,
-    whose output nobody needs.
+    depth is the mean over its draws. A checkpointed block that they reach is computed again up to
+    its last matrix, whose output nobody needs.
     """
     queries = of.heads * of.head_size
     matrices, head = 2 * of.matrices * of.blocks, 2 * of.embedding
     seen = 4 * queries * passes.length * of.blocks
     depth = 1.0
     if "embedding" not in made.ends and not made.rank and made.blocks:
-        depth = (of.blocks + 1 - (of.blocks + 1) / (made.blocks + 1)) / of.blocks
+        reached = of.blocks - made.trunk
+        depth = (reached + 1 - (reached + 1) / (made.blocks + 1)) / of.blocks
     forward = matrices + seen + head
     inputs = depth * (matrices + 2.5 * seen) + head
     weights = 2 * of.matrices * made.blocks if not made.rank else 0
     weights += head * _head_trains(of, made)
     last = 2 * of.blocks * of.linears[-1][0] * of.linears[-1][1]
     again = (
-        made.checkpointing * (matrices + seen - last) + (passes.tokens > _chunk(of, made)) * head
+        made.checkpointing * depth * (matrices + seen - last)
+        + (passes.tokens > _chunk(of, made)) * head
     )
     low_rank = (6 + 2 * made.checkpointing) * of.adapters(made.rank)
     return forward + inputs + weights + again + low_rank
+
+
+def trunk_flops(of: Shape, made: Choices, passes: Passes) -> float:
+    """Operations of one pass through the trunk for each token, where that is passed once."""
+    seen = 4 * of.heads * of.head_size * passes.length
+    return made.once * made.trunk * (2 * of.matrices + seen)
 
 
 def _shape(problem: LLMReweight) -> Shape:
@@ -345,6 +358,12 @@ def _chunk(of: Shape, made: Choices) -> int:
 def _step_tokens(work: Work, passes: Passes) -> float:
     """Tokens that pass through a copy in one upper step, over all devices."""
     return work.lower * passes.padded[0] + work.upper * passes.padded[1]
+
+
+def _saved_tokens(work: Work, passes: Passes) -> float:
+    """Tokens of one upper step that a copy passes after another; each batch is new to one copy."""
+    lower, upper = (max(0, sweeps - work.batches) for sweeps in (work.lower, work.upper))
+    return lower * passes.padded[0] + upper * passes.padded[1]
 
 
 def _host(of: Shape, made: Choices, devices: int) -> dict[str, float]:

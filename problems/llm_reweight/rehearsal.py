@@ -146,7 +146,8 @@ class _Stage(Problem):
     def _rows(self, lengths: Sequence[int], sources: int) -> Batch:
         count = len(lengths)
         with real():
-            ids = torch.zeros(count, max(lengths), dtype=torch.long)
+            generator = torch.Generator().manual_seed(count)  # no two parts of a batch are alike
+            ids = torch.randint(64, (count, max(lengths)), generator=generator)
             trained = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
             trained[:, 0] = False
             return Batch(
