@@ -99,6 +99,14 @@ def test_no_number_changes_and_the_trunk_is_passed_once(kind, share, monkeypatch
     assert counts == 6 * (6 * 4 + 4 * 2)
 
 
+def test_positions_that_train_keep_copies_apart():
+    runs = [solve(Rows("gpt2"), trunk=trunk, steps=3) for trunk in (True, False)]
+    assert_same(*runs)  # which has them beside the norms
+    memories = [LISA(**TOP | {"embedding": True}), LISA(**TOP | {"pool": 4}), LISA(embedding=False)]
+    states = [start(Rows(), scalebio(), memory=memory) for memory in memories]
+    assert [state.memory.trunk for state in states] == [None] * 3  # everything may train
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_checkpoints_and_in_half_precision(dtype, checkpointing):
@@ -200,6 +208,7 @@ def test_a_copy_computes_for_itself_where_numbers_could_change(monkeypatch):
     ids = ids + 1
     assert blocks(z.value) == 4  # other tokens
     assert blocks(deepcopy(y.value)) == 4  # a copy that is none of ours
+    assert all("forward" not in vars(module) for module in y.value.modules())
     assert blocks(y.value) == 2
     embedding = y.value.get_input_embeddings().weight.requires_grad_()
     ids = ids + 1
