@@ -1,6 +1,8 @@
 """Baselines against independent answers: other optimizers, dense algebra, counts by hand."""
 
+import collections
 import json
+import math
 import random
 
 import pytest
@@ -119,6 +121,20 @@ def test_mean_gradients_are_those_of_the_mean_loss(problem):
     assert lab.tokens == sum(map(len, source.ids))
 
 
+def test_rows_are_spread_over_a_file_that_takes_turns(problem):
+    """Every place is as likely, in as many equal parts, and kinds that take turns are all seen."""
+    lab, source = Lab(problem=problem, budget=BUDGET), problem.rows[0]
+    ids = [tuple(i for i in row if i) for row in source.ids]
+    seen = collections.Counter()
+    for draw in range(200):
+        (batch,) = lab.rows(source, 10, draw)
+        rows = [tuple(i for i in row if i) for row in batch.ids.tolist()]
+        places = [ids.index(row) for row in rows]
+        assert [p * 10 // len(ids) for p in places] == list(range(10))
+        seen.update(places)
+    assert len(seen) == len(ids)
+
+
 def test_influence_is_the_first_order_change_of_the_target_loss(problem):
     """a_s against a difference of the target loss along -grad l_s, in float64."""
     lab = Lab(problem=problem, budget=BUDGET)
@@ -126,11 +142,12 @@ def test_influence_is_the_first_order_change_of_the_target_loss(problem):
     shown = dict(part.rsplit(" ", 1) for part in found.note.removeprefix("inner: ").split(", "))
     again = Lab(problem=problem, budget=BUDGET)
     model = again.train(again.uniform, steps=again.steps(0.75 * BUDGET)).double()
-    count = int(0.25 * BUDGET / (sum(again.lengths) * 4 / 3))
+    target = sum(map(len, problem.target_rows.ids)) / len(problem.target_rows)
+    count = int(0.25 * BUDGET / (sum(again.lengths) + 3**0.5 * target))
     parameters = list(model.parameters())
 
     def target_loss():
-        parts = list(again.rows(problem.target_rows, count))
+        parts = list(again.rows(problem.target_rows, math.ceil(3**0.5 * count)))
         with torch.no_grad():
             return sum((b.share * model_losses(model, b)).sum() for b in parts)
 
@@ -177,11 +194,15 @@ def test_fed_back_influence_trains_on_the_weights_it_found(problem, monkeypatch)
             shares.append(list(weights))
             super().__init__(rows, weights, **options)
 
-    def spy(lab, model, count, *, measure):
+    def spy(lab, model, count, *, measure, draw):
         models.append([p.detach().clone() for p in model.parameters()])
-        target = torch.cat([g.flatten() for g in lab.gradient(model, problem.target_rows, count)])
+        assert draw == len(models) - 1  # other rows in every round
+        more = math.ceil(3**0.5 * count)
+        target = torch.cat(
+            [g.flatten() for g in lab.gradient(model, problem.target_rows, more, draw)]
+        )
         own = [
-            torch.cat([g.flatten() for g in lab.gradient(model, rows, count)])
+            torch.cat([g.flatten() for g in lab.gradient(model, rows, count, draw)])
             for rows in problem.rows
         ]
         return [float(torch.cosine_similarity(target, g, dim=0)) for g in own]

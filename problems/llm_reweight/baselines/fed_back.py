@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bilevel.problems.llm_reweight import training
-from bilevel.problems.llm_reweight.baselines.influence import scores
+from bilevel.problems.llm_reweight.baselines.influence import affordable, scores
 from bilevel.problems.llm_reweight.baselines.lab import Lab, tokens
 from bilevel.problems.llm_reweight.baselines.method import Found, Method, normalized, require
 
@@ -21,7 +21,8 @@ class FedBack(Method):
 
     from uniform w_0, the gradients at the model after round k; the answer is the mean of the
     weights after the first round (of one round, its own). A source whose score is low because it
-    has too much weight loses some and scores again, where a single look drops it.
+    has too much weight loses some and scores again, where a single look drops it. Every round looks
+    at other rows.
 
     Reference: ours, after `influence`; where it helps is in docs/when-bilevel.md.
     """
@@ -39,8 +40,7 @@ class FedBack(Method):
     def search(self, lab: Lab) -> Found:
         problem = lab.problem
         steps = max(1, lab.steps(self.warmup * lab.budget) // self.rounds)
-        length = sum(lab.lengths) * (1 + 1 / len(lab.lengths))
-        count = max(1, int((1 - self.warmup) * lab.budget / self.rounds / length))
+        count = affordable(lab, (1 - self.warmup) * lab.budget / self.rounds)
         model = lab.fresh()
         optimizer = training.adamw(problem, model)
         weights, path = list(lab.uniform.values()), []
@@ -53,7 +53,8 @@ class FedBack(Method):
                 problem.losses(model, batch).mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            found = [max(a, 0.0) for a in scores(lab, model, count, measure="cosine")]
+            looked = scores(lab, model, count, measure="cosine", draw=number)
+            found = [max(a, 0.0) for a in looked]
             if sum(found) > 0:
                 weights = [
                     self.keep * w + (1 - self.keep) * a / sum(found)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, sqrt
 from typing import Literal
 
 from torch import nn
 
 from bilevel.linear import norm
-from bilevel.problems.llm_reweight.baselines.lab import Lab
+from bilevel.problems.llm_reweight.baselines.lab import Lab, mean_length
 from bilevel.problems.llm_reweight.baselines.method import Found, Method, normalized, require
+from bilevel.problems.llm_reweight.tokens import Rows
 from bilevel.tree import dot
 
 
@@ -40,8 +43,7 @@ class Influence(Method):
 
     def search(self, lab: Lab) -> Found:
         model = lab.train(lab.uniform, steps=lab.steps(self.warmup * lab.budget))
-        lengths = [*lab.lengths, sum(lab.lengths) / len(lab.lengths)]
-        count = max(1, int((1 - self.warmup) * lab.budget / sum(lengths)))
+        count = affordable(lab, (1 - self.warmup) * lab.budget)
         found = scores(lab, model, count, measure=self.measure)
         weights = normalized(lab.names, [max(a, 0.0) ** self.sharpness for a in found])
         shown = ", ".join(f"{n} {a:.3g}" for n, a in zip(lab.names, found, strict=True))
@@ -49,13 +51,38 @@ class Influence(Method):
 
 
 def scores(
-    lab: Lab, model: nn.Module, count: int, *, measure: Literal["cosine", "inner"]
+    lab: Lab,
+    model: nn.Module,
+    count: int,
+    *,
+    measure: Literal["cosine", "inner"],
+    draw: int = 0,
 ) -> list[float]:
-    """a_s of every source at a model, from about `count` rows of each and of the target."""
-    target = lab.gradient(model, lab.problem.target_rows, count)
+    """a_s of every source at a model, from about `count` rows of each, and `share` of the target.
+
+    Another `draw` takes other rows.
+    """
+    sources = lab.problem.rows
+    target = lab.gradient(model, lab.problem.target_rows, ceil(count * share(sources)), draw)
     found = []
-    for rows in lab.problem.rows:
-        own = lab.gradient(model, rows, count)
+    for rows in sources:
+        own = lab.gradient(model, rows, count, draw)
         lengths = norm(own) * norm(target) if measure == "cosine" else 1.0
         found.append(float(dot(own, target)) / max(lengths, 1e-300))
     return found
+
+
+def affordable(lab: Lab, spend: float) -> int:
+    """Rows of each source whose gradients, with those of the target, cost `spend` tokens."""
+    target = share(lab.problem.rows) * mean_length(lab.problem.target_rows)
+    return max(1, int(spend / (sum(lab.lengths) + target)))
+
+
+def share(sources: Sequence[Rows]) -> float:
+    """Rows of the target for one of each source, sqrt(sources).
+
+    The error of the target's gradient is in every score, that of a source in its own: the sum of
+    the scores' variances, S (1/n + 1/m) for n rows of each of S sources and m of the target, is
+    least at a cost S n + m where m = sqrt(S) n.
+    """
+    return sqrt(len(sources))

@@ -87,21 +87,26 @@ class Lab:
         """Mean tokens of a row of each source."""
         return [mean_length(rows) for rows in self.problem.rows]
 
-    def rows(self, source: Rows, count: int) -> Iterator[Batch]:
-        """About `count` rows, evenly spaced and shifted by the seed, in batches of `CHUNK`."""
+    def rows(self, source: Rows, count: int, draw: int = 0) -> Iterator[Batch]:
+        """About `count` rows, a random one of each of as many equal parts, in batches of `CHUNK`.
+
+        Equal draws of equal seeds give equal rows. Evenly spaced ones would miss some kinds of rows
+        in files that go through their kinds in turn.
+        """
         count = min(count, len(source))
-        stride = len(source) / count
-        shift = self.seed % max(1, int(stride))
-        chosen = [(0, min(len(source) - 1, int(i * stride) + shift)) for i in range(count)]
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + draw)
+        within = torch.rand(count, generator=generator, dtype=torch.float64)
+        places = (torch.arange(count) + within) * (len(source) / count)
+        chosen = [(0, min(len(source) - 1, int(place))) for place in places]
         for start in range(0, count, CHUNK):
             part = chosen[start : start + CHUNK]
             yield collate([source], part, [1 / count] * len(part))
 
-    def gradient(self, model: nn.Module, source: Rows, count: int) -> list[Tensor]:
+    def gradient(self, model: nn.Module, source: Rows, count: int, draw: int = 0) -> list[Tensor]:
         """The gradient of the mean loss over about `count` rows, one tensor a parameter."""
         moving = [p for p in model.parameters() if p.requires_grad]
         total = [torch.zeros_like(p, dtype=torch.float32) for p in moving]
-        for batch in self.rows(source, count):
+        for batch in self.rows(source, count, draw):
             losses = self.problem.losses(model, batch).double()
             loss = (batch.share.to(losses.device) * losses).sum()
             found = torch.autograd.grad(loss, moving, allow_unused=True)
