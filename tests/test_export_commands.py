@@ -195,3 +195,34 @@ def test_a_tool_that_cannot_be_written_hides_no_other(tmp_path, capsys):
     assert "written nevertheless: hf, mixed." in printed.err
     assert "hf: " in printed.out and (run / "export" / "mixed" / "train.jsonl").exists()
     assert (run / "export" / "trl" / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "taker", "users"),
+    [
+        ("per_source", "true", "axolotl", "it is for axolotl"),
+        ("paths", "sea=/x", "nanotron", "it is for megatron, nanotron and streaming"),
+    ],
+)
+def test_an_option_without_effect_is_told(tmp_path, capsys, option, value, taker, users):
+    """Refused where no tool that is named takes it, noted for each where one does."""
+    run = make_run(tmp_path, "text")
+    assert command(run, "--to", "hf,trl", f"--{option}", value) == 2
+    said = capsys.readouterr().err
+    assert f"--{option} has no effect on hf, trl: {users}; leave it out." in said
+    assert not (run / "export").exists()
+    assert command(run, "--to", f"hf,{taker}", f"--{option}", value) == 0
+    hf, other = capsys.readouterr().out.split(f"\n{taker}: ")
+    assert f"note: --{option} has no effect: {users}" in hf and "has no effect" not in other
+
+
+def test_trl_names_sources_that_round_to_no_record(tmp_path, capsys):
+    """TRL takes round(share N) records: 0.55 of one is one, 0.37 is none."""
+    for place, share, told in (("a", 0.006, False), ("b", 0.004, True)):
+        weights = {"sea": 0.5, "a, law!": 0.5 - share, "food": share, "sky": 0.0, "none": 0.0}
+        run = make_run(tmp_path / place, "text", weights=weights)
+        total = min(60 / 0.5, 45 / (0.5 - share))
+        assert (round(total * share) == 0) is told
+        assert command(run, "--to", "trl", "--unit", "examples") == 0
+        said = capsys.readouterr().out
+        assert ("rounds to no record: food" in said) is told

@@ -15,6 +15,8 @@ import bilevel
 from bilevel import InputError
 from bilevel.problems.llm_reweight import LLMReweight, data, output
 from bilevel.problems.llm_reweight.exports import TOOLS, job, originals
+from bilevel.problems.llm_reweight.formats import Reading
+from bilevel.problems.llm_reweight.records import read_source
 
 SCHEMA = json.loads(Path(output.__file__).with_name("weights.schema.json").read_text())
 
@@ -121,17 +123,7 @@ def test_every_format_that_is_read_can_be_written(tmp_path):
         on_bad_record="skip",
         verdict=False,
     )
-    row = {"step": 1, "upper": 1.0, "lower": 1.0, "weights": dict.fromkeys(names, 0.2)}
-    zero = torch.zeros(())
-    result = bilevel.Result(
-        **{"x": zero, "y": None, "message": "", "nit": 1, "upper": 1.0, "lower": 1.0},
-        status=bilevel.Status.STEPS,
-        history=[row],
-    )
-    run = tmp_path / "run"
-    run.mkdir()
-    output.interim(problem, result, run)
-    jsonschema.validate(json.loads((run / "weights.json").read_text()), SCHEMA)
+    run = left_by(problem, tmp_path / "run")
     for tool in TOOLS:
         export(run, tool, unit="examples")
     folder = export(run, "mixed", unit="examples", total=40)
@@ -171,3 +163,63 @@ def test_tools_of_conversations_stay_columns(tmp_path):
     assert all(entry["columns"] == ["messages", "tools"] for entry in mix["datasets"])
     columns = json.loads((run / "export" / "hf" / "interleave.json").read_text())["columns"]
     assert columns == ["messages", "tools"]
+
+
+def left_by(problem, run):
+    """The folder of a run that ended with equal weights."""
+    names = problem.names
+    row = {"step": 1, "upper": 1.0, "lower": 1.0, "weights": dict.fromkeys(names, 1 / len(names))}
+    result = bilevel.Result(
+        **{"x": torch.zeros(()), "y": None, "message": "", "nit": 1, "upper": 1.0, "lower": 1.0},
+        status=bilevel.Status.STEPS,
+        history=[row],
+    )
+    run.mkdir()
+    output.interim(problem, result, run)
+    jsonschema.validate(json.loads((run / "weights.json").read_text()), SCHEMA)
+    return run
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["met at once", "never met"])
+def test_bad_records_of_a_large_file_are_left_out(tmp_path, head):
+    """Of 4,000 lines some are cut off, beyond what is looked at or in what is."""
+    filler = "x" * 300
+    lines = [json.dumps({"text": f"large answer {i}", "filler": filler}) for i in range(4000)]
+    path = tmp_path / "large.jsonl"
+    path.write_text("\n".join(lines))
+    looked = set(read_source("a", path, Reading(held=10)).examples.looked_at().tolist())
+    unseen = [i for i in range(4000) if i not in looked][::9]
+    bad = {*unseen, *([5, 17] if head else [])}
+    path.write_text("\n".join(line[:-1] if i in bad else line for i, line in enumerate(lines)))
+    for name in ("small", "target"):
+        made = (json.dumps({"text": f"{name} answer {i}"}) + "\n" for i in range(50))
+        (tmp_path / f"{name}.jsonl").write_text("".join(made))
+    options = {"target": str(tmp_path / "target.jsonl"), "held_megabytes": 1, "verdict": False}
+    names = ("large", "small")
+    problem = LLMReweight(
+        sources=tuple(f"{n}={tmp_path / n}.jsonl" for n in names), on_bad_record="skip", **options
+    )
+    run = left_by(problem, tmp_path / "run")
+    for tool in TOOLS:
+        export(run, tool, unit="examples")
+    folder = export(run, "mixed", unit="examples", total=20_000)
+    meta = json.loads((folder / "train.meta.json").read_text())
+    found = rows(folder / "train.jsonl")
+    for row, (source, index) in zip(found, meta["rows"], strict=True):
+        assert answer_of(row) == f"{names[source]} answer {index}"
+    assert {i for source, i in meta["rows"] if source == 0} == set(range(4000)) - bad
+    shares = json.loads((run / "export" / "open_instruct" / "shares.json").read_text())
+    assert shares["total"] == 4000 - len(bad) + 50
+    path.unlink()
+    assert command(run, "--to", "megatron", "--force") == 0  # which is given no records
+
+
+def test_a_bad_record_that_no_run_drew_is_told(tmp_path, capsys):
+    run = make_run(tmp_path, "text")
+    path = tmp_path / "my data" / "sea.jsonl"
+    path.write_text(path.read_text().replace('"sea answer 7"}', '"sea answer 7"'))
+    renewed(run, "sea", path)
+    assert command(run, "--to", "hf,open_instruct", "--records", "messages") == 2
+    said = capsys.readouterr().err
+    assert 'sea.jsonl has a bad record, which the run never drew: \'{"text": "sea' in said
+    assert "problem.on_bad_record=skip" in said

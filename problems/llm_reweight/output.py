@@ -20,6 +20,7 @@ from bilevel.checkpoint import replace_text
 from bilevel.problems.llm_reweight import data, example_weights, spread, verdict, weighting
 from bilevel.problems.llm_reweight.examples import Source
 from bilevel.problems.llm_reweight.exports.shares import REPEATED
+from bilevel.problems.llm_reweight.indexed import Lines
 from bilevel.problems.llm_reweight.journal import Journal
 from bilevel.problems.llm_reweight.problem import LLMReweight
 
@@ -227,6 +228,8 @@ def _taken(problem: LLMReweight, source: Source) -> dict[str, Any]:
     reading = data.reading(problem, source.name)
     found: dict[str, Any] = {"columns": dict(reading.columns)} if reading.columns else {}
     found |= {"use_chosen": True} if reading.use_chosen else {}
+    open_ = reading.skip and isinstance(source.examples, Lines)  # others were read as a whole
+    found |= {"unsifted": True} if open_ else {}
     return found | ({"skipped": source.skipped} if source.skipped else {})
 
 

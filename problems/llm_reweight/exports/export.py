@@ -17,14 +17,19 @@ from bilevel.problem import Exporter
 from bilevel.problems.llm_reweight.exports import finetuners, mixed, pretraining
 from bilevel.problems.llm_reweight.exports.job import Job, Records, Source, load, put
 from bilevel.problems.llm_reweight.exports.shares import REPEATED
-from bilevel.problems.llm_reweight.exports.tool import Tool, Written
+from bilevel.problems.llm_reweight.exports.tool import SOME, Tool, Written
 
 MOST = 100_000_000  # examples; the list of those drawn is held in memory
 FACTORY = "LLaMA-Factory ff6d4d12e of 2026-08-18"
 TOOLS: dict[str, Tool] = {
     "llamafactory": Tool(write=finetuners.llamafactory, averages="tokens", read=FACTORY),
     "llamafactory_v1": Tool(write=finetuners.llamafactory_v1, averages="tokens", read=FACTORY),
-    "axolotl": Tool(write=mixed.axolotl, averages="tokens", read="axolotl 067b021c8 of 2026-07-24"),
+    "axolotl": Tool(
+        write=mixed.axolotl,
+        averages="tokens",
+        takes=("per_source",),
+        read="axolotl 067b021c8 of 2026-07-24",
+    ),
     "trl": Tool(write=finetuners.trl, averages="tokens", read="TRL f2cd57710 of 2026-07-24"),
     "open_instruct": Tool(
         write=finetuners.open_instruct,
@@ -33,15 +38,25 @@ TOOLS: dict[str, Tool] = {
     ),
     "lmflow": Tool(write=mixed.lmflow, averages="tokens", read="LMFlow f3597dba of 2026-04-25"),
     "megatron": Tool(
-        write=pretraining.megatron, averages="tokens", read="Megatron-LM d98e8a64dd of 2026-08-22"
+        write=pretraining.megatron,
+        averages="tokens",
+        takes=("paths",),
+        reads=False,
+        read="Megatron-LM d98e8a64dd of 2026-08-22",
     ),
     "nanotron": Tool(
-        write=pretraining.nanotron, averages="tokens", read="nanotron 2411b022 of 2026-04-07"
+        write=pretraining.nanotron,
+        averages="tokens",
+        takes=("paths",),
+        reads=False,
+        read="nanotron 2411b022 of 2026-04-07",
     ),
     "streaming": Tool(
         write=pretraining.streaming,
         averages="tokens",
         sure=False,
+        takes=("paths",),
+        reads=False,
         read="streaming 89e7bb90 of 2025-07-17",
     ),
     "hf": Tool(write=pretraining.hf, averages="tokens", sure=False, read="datasets 5.2.0"),
@@ -49,7 +64,10 @@ TOOLS: dict[str, Tool] = {
         write=finetuners.ms_swift, averages="tokens", read="ms-swift 3602360a5 of 2026-08-22"
     ),
     "doremi": Tool(
-        write=pretraining.doremi, averages="tokens", read="doremi 7cde52d of 2023-12-26"
+        write=pretraining.doremi,
+        averages="tokens",
+        reads=False,
+        read="doremi 7cde52d of 2023-12-26",
     ),
     "mixed": Tool(write=mixed.mixed, averages="tokens", sure=False, read="no tool"),
 }
@@ -84,6 +102,8 @@ class Export(Exporter):
             faults.append(f"total must be from 0 to {MOST:,}, got total={self.total:,}.")
         body, sources, lines = load(run)
         paths = dict(_pair(entry, sources, faults) for entry in self.paths)
+        faults += [_useless(option, names) for option in SOME if getattr(self, option)]
+        faults = list(filter(None, faults))
         if faults:
             raise InputError(faults)
         everything = sum(s["records"] for s in body["sources"])
@@ -99,20 +119,8 @@ class Export(Exporter):
             target = (run / "export" / name).resolve()
             made = target.with_name(f".partial-{os.getpid()}-{name}")
             made.mkdir(parents=True)
-            job = Job(
-                tool=name,
-                sources=sources,
-                unit=tool.averages if self.unit == "auto" else self.unit,
-                everything=everything,
-                wanted=self.total,
-                records=self.records,
-                per_source=self.per_source,
-                paths=paths,
-                seed=self.seed,
-                target=target,
-                folder=made,
-            )
             try:
+                job = self._job(name, sources, everything, paths, target, made)
                 written = tool.write(job)
                 _shares(job, tool, written)
                 fate = put(made, target, force=self.force)
@@ -125,6 +133,8 @@ class Export(Exporter):
                 shutil.rmtree(made, ignore_errors=True)
             done.append(name)
             job = replace(job, folder=target)
+            unused = [o for o in SOME if getattr(self, o) and o not in tool.takes]
+            written.notes.extend(f"--{o} has no effect: {_takers(o)}" for o in unused)
             lines += _words(job, tool, written, fate, self.unit == "auto", _bound(run))
         if faults and done:
             print("\n".join(lines))
@@ -132,6 +142,46 @@ class Export(Exporter):
         if faults:
             raise InputError(faults)
         return lines
+
+    def _job(
+        self,
+        name: str,
+        sources: tuple[Source, ...],
+        everything: int,
+        paths: dict[str, str],
+        target: Path,
+        made: Path,
+    ) -> Job:
+        """What one tool is to be given; `everything` are the records of all sources."""
+        tool = TOOLS[name]
+        usable = tuple(s.usable for s in sources) if tool.reads else sources
+        bad = sum(s.records for s in sources) - sum(s.records for s in usable)
+        return Job(
+            tool=name,
+            sources=usable,
+            unit=tool.averages if self.unit == "auto" else self.unit,
+            everything=everything - bad,
+            wanted=self.total,
+            records=self.records,
+            per_source=self.per_source,
+            paths=paths,
+            seed=self.seed,
+            target=target,
+            folder=made,
+        )
+
+
+def _takers(option: str) -> str:
+    """Which tools an option is for, in words."""
+    names = [name for name, tool in TOOLS.items() if option in tool.takes]
+    return f"it is for {' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))}"
+
+
+def _useless(option: str, names: list[str]) -> str:
+    """What to say of an option that no named tool has use for; nothing where one has."""
+    if not names or any(option in TOOLS[name].takes for name in names):
+        return ""
+    return f"--{option} has no effect on {', '.join(names)}: {_takers(option)}; leave it out."
 
 
 def _bound(run: Path) -> float:

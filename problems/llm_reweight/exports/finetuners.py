@@ -89,6 +89,14 @@ def trl(job: Job) -> Written:
     notes = []
     if not text and entries[0]["columns"][0] == "messages":
         notes.append("set assistant_only_loss: true, so that only answers are trained on, as here")
+    drawn = list(zip(job.sources, job.shares.examples, strict=True))
+    exact = min(source.records / share for source, share in drawn)
+    gone = [source.name for source, share in drawn if not round(share * exact)]
+    if gone:
+        notes.append(
+            f"their share of the {job.shares.largest:,} examples that trl takes rounds to no "
+            f"record: {', '.join(gone)}"
+        )
     if job.wanted:
         notes.append(f"--total has no effect: trl takes as many as it can, {job.shares.largest:,}")
     use = f"trl sft --config {job.quoted('mix.yaml')} --model_name_or_path ..."

@@ -55,6 +55,8 @@ class Source:
     weight: float
     reading: Reading
     """How its records were taken."""
+    unsifted: bool = False
+    """Whether bad records were left out as they were met, so that `records` counts them too."""
     key: str
     """Its name in letters, digits, dots, dashes and underscores, as no other has it."""
 
@@ -73,11 +75,20 @@ class Source:
     def originals(self) -> Originals:
         """Its records, once its file was found unchanged."""
         found = Originals(self.name, self.path, self.sha256, self.reading)
-        if len(found) != self.records:
+        if len(found) != self.records and not self.unsifted:
             raise InputError(
                 f"source {self.name}: {self.path} has {len(found):,} records, of which "
                 f"{self.records:,} were used; remove the others, and learn the weights anew."
             )
+        return found
+
+    @cached_property
+    def usable(self) -> Source:
+        """Itself, with the number of records that are not bad; looks at each where that is open."""
+        if not self.unsifted:
+            return self
+        found = replace(self, records=len(self.originals))
+        vars(found)["originals"] = self.originals  # as cached_property would
         return found
 
     @cached_property
@@ -279,6 +290,7 @@ def load(run: Path) -> tuple[dict[str, Any], tuple[Source, ...], list[str]]:
             tokens=s["tokens_per_record"],
             weight=s["weight"],
             reading=_reading(s),
+            unsifted=s.get("unsifted", False),
             key=key,
         )
         for s, key in zip(kept, keys, strict=True)
@@ -321,7 +333,7 @@ def _reading(source: dict[str, Any]) -> Reading:
     return Reading(
         columns=tuple(source.get("columns", {}).items()),
         use_chosen=source.get("use_chosen", False),
-        skip=source.get("skipped", 0) > 0,
+        skip=source.get("skipped", 0) > 0 or source.get("unsifted", False),
     )
 
 

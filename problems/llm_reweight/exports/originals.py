@@ -66,8 +66,22 @@ class Originals:
         yield from self._lines(self.numbers if order is None else [self.numbers[i] for i in order])
 
     def record(self, line: str) -> dict[str, Any]:
-        """The record of a line, with the keys of its format."""
-        return formats.renamed(json.loads(line), self.reading.columns)
+        """The record of a line, with the keys of its format.
+
+        Raises:
+            InputError: If it is none, as in a large file that was never read as a whole.
+        """
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise InputError(
+                f"source {self.name}: {self.path} has a bad record, which the run never drew: "
+                f"{line[:60]!r}; learn the weights with problem.on_bad_record=skip, which leaves "
+                "such records out."
+            )
+        return formats.renamed(value, self.reading.columns)
 
     def messages(self, record: dict[str, Any]) -> list[dict[str, Any]] | None:
         """A record as a conversation of roles system, user, assistant and tool; None for text.

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from bilevel.problems.llm_reweight.exports.job import Job
 from bilevel.problems.llm_reweight.exports.shares import Shares, Unit
 
+SOME = ("per_source", "paths")
+"""Options of an export that most tools have no use for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
@@ -30,6 +33,10 @@ class Tool:
     averages: Unit
     sure: bool = True
     """Whether `averages` is what the tool does, not just what is usual of those who use it."""
+    takes: tuple[str, ...] = ()
+    """Those of `SOME` that it uses."""
+    reads: bool = True
+    """Whether it is given records; else their shares alone."""
     read: str
     """The version whose source was read for this, with its date."""
 
