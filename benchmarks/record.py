@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from bilevel.markdown import table
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -58,8 +60,7 @@ def save(
     (folder / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n")
     lines = [f"# {title}", "", f"`{command}`; {machine()}.", "", *notes, ""]
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
-    lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
+    lines += table(columns, [[_cell(row.get(c)) for c in columns] for row in rows])
     text = "\n".join(lines) + "\n"
     (folder / f"{name}.md").write_text(text)
     return text

@@ -14,6 +14,8 @@ from typing import Any
 
 from bilevel import InputError, Memory, Solver
 from bilevel.checkpoint import replace_text
+from bilevel.markdown import escaped
+from bilevel.markdown import table as columns
 from bilevel.problems.llm_reweight import verdict, weighting
 from bilevel.problems.llm_reweight.baselines import registry
 from bilevel.problems.llm_reweight.baselines.lab import Lab, search_tokens
@@ -201,7 +203,8 @@ def described(row: Row, base: Row, budget: float) -> dict[str, Any]:
 
 def markdown(body: dict[str, Any]) -> str:
     """The table for readers, with the sentences above it."""
-    lines = ["# Comparison", "", *(f"- {line}" for line in body["sentences"] + body["notes"]), ""]
+    said = [f"- {escaped(line)}" for line in body["sentences"] + body["notes"]]
+    lines = ["# Comparison", "", *said, ""]
     lines.append(
         f"Test loss of fresh models after {body['steps']} steps, nats per token; gain over uniform "
         f"with the 95 % interval over {body['seeds']} pairs; budget of a search "
@@ -210,16 +213,15 @@ def markdown(body: dict[str, Any]) -> str:
     names = list(body["rows"][0]["weights"])
     shown = names if len(names) <= 8 else []
     heads = ["method", "test loss", "gain over uniform", "interval", "better", "budget", "seconds"]
-    lines += ["", "| " + " | ".join(heads + [_plain(n) for n in shown]) + " |"]
-    lines.append("|" + " --- |" * (len(heads) + len(shown)))
+    rows = []
     for row in body["rows"]:
         low, high = row["interval"]
         cells = [row["method"], f"{row['loss']:.3f}", f"{row['gain_over_uniform']:+.3f}"]
         cells += [f"{low:+.3f} to {high:+.3f}", row["better_than_uniform"]]
         cells += [f"{row['share_of_budget']:.0%}", f"{row['search_seconds']:.0f}"]
         cells += [f"{row['weights'][n]:.3f}" for n in shown]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return "\n".join([*lines, "", *columns([*heads, *shown], rows)]) + "\n"
 
 
 def table(body: dict[str, Any]) -> str:
@@ -268,7 +270,3 @@ def one(
         return {"weights": answer.weights, **spent, "note": answer.note}
 
     return journal.keep({"search": word, "seed": seed, "budget": budget}, found)
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.split()).replace("|", "\\|")
