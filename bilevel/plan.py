@@ -105,6 +105,11 @@ class Plan:
         return 2 * self.footprint.swapped / self.card.host
 
     @property
+    def steps(self) -> int:
+        """Upper steps of all seeds."""
+        return self.options.settings.steps * self.options.settings.seeds
+
+    @property
     def seconds(self) -> float:
         """Of one upper step, where traffic hides behind computing or the other way round."""
         return max(self.compute_seconds, self.traffic_seconds) + self.swap_seconds
@@ -255,6 +260,8 @@ def as_dict(
         "remedies": [{"change": list(c), "total": total} for c, total in tried],
         "notes": list(plan.notes),
         "steps": plan.options.settings.steps,
+        "seeds": plan.options.settings.seeds,
+        "run_seconds": plan.steps * plan.seconds,
         "here": plan.card.name == "here",
         "computed": "by arithmetic on shapes; nothing was run on a device",
     }
@@ -312,11 +319,12 @@ def lines(
         f"{plan.traffic_seconds:.2f} s at {card.link / 1e9:.0f} GB/s; "
         f"about {found.tokens / plan.seconds:,.0f} tokens/s"
     )
-    steps = plan.options.settings.steps
-    yield f"{steps} steps: {duration(steps * plan.seconds)} by arithmetic"
+    seeds = plan.options.settings.seeds
+    steps = f"{plan.options.settings.steps} steps" + (f" of {seeds} seeds" if seeds > 1 else "")
+    yield f"{steps}: {duration(plan.steps * plan.seconds)} by arithmetic"
     if timed is not None:
         yield (
-            f"measured here: {timed[0]:.2f} s a step, {steps} steps {duration(steps * timed[0])}; "
+            f"measured here: {timed[0]:.2f} s a step, {steps} {duration(plan.steps * timed[0])}; "
             f"at most {timed[1] / 1e9:.2f} GB held"
         )
     yield ""

@@ -567,3 +567,18 @@ def test_34_billion_are_planned_in_seconds_without_memory():
     busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert busy < 20  # of the processor: the wall clock depends on who else is there
     assert after.ru_maxrss * 1024 < 2e9  # kB on Linux
+
+
+def test_the_time_is_that_of_all_seeds(capsys):
+    words = ("problem=llm_reweight", "steps=100")
+    one, three = (
+        json.loads(run(capsys, *words, seeds, "--json")[1]) for seeds in ("seeds=1", "seeds=3")
+    )
+    assert (one["steps"], one["seeds"], three["steps"], three["seeds"]) == (100, 1, 100, 3)
+    assert three["run_seconds"] == pytest.approx(3 * one["run_seconds"])
+    step = max(one["compute_seconds"], one["traffic_seconds"]) + one["swap_seconds"]
+    assert one["run_seconds"] == pytest.approx(100 * step)
+    made = plan.make([*words, "seeds=3", "device=here"])
+    said = "\n".join(plan.lines(made, timed=(2.0, 1e9)))
+    assert f"100 steps of 3 seeds: {plan.duration(made.steps * made.seconds)} by" in said
+    assert "measured here: 2.00 s a step, 100 steps of 3 seeds 10.0 minutes" in said
