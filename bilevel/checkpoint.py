@@ -97,6 +97,11 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def step_of(path: Path | None) -> int:
+    """The step that a checkpoint is of, 0 for none."""
+    return int(path.name.partition("-")[2]) if path else 0
+
+
 def load(
     path: Path, *, fingerprint: dict[str, Any], like: Like = lambda keys, shape: None
 ) -> dict[str, Any]:

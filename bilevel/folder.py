@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,10 @@ def place(options: Options) -> Path:
     """The folder to write into; nothing is written yet.
 
     Raises:
-        InputError: If it cannot be written, or holds anything but this run.
+        InputError: If it cannot be written, or holds anything but this run or its beginning.
     """
-    label = options.names["problem"].replace(":", "-")
-    out = Path(options.settings.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}")
+    label, settings = options.names["problem"].replace(":", "-"), options.settings
+    out = Path(settings.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}")
     try:
         parent = next(p for p in [out, *out.absolute().parents] if p.exists())
         if not parent.is_dir():
@@ -38,8 +40,8 @@ def place(options: Options) -> Path:
         if not out.is_dir() or all(path.name.startswith(".") for path in out.iterdir()):
             return out
         identity = out / "fingerprint.json"
-        if options.settings.resume == "never" or not identity.exists():
-            auto = options.settings.resume == "auto"
+        if settings.resume == "never" or not identity.exists():
+            auto = settings.resume == "auto"
             more = "." if auto else ", or resume=auto to go on with it."
             raise InputError(f"out={out} already holds files; choose another folder{more}")
         saved = json.loads(identity.read_text(encoding="utf-8"))
@@ -53,11 +55,21 @@ def place(options: Options) -> Path:
             f"out={out} holds a run with other settings or data ({'; '.join(other)}); choose "
             "another folder, or give what that run was given."
         )
+    newest = (checkpoint.latest(own / "checkpoints") for own in folders(out, settings).values())
+    done = max(map(checkpoint.step_of, newest))
+    if done > settings.steps:
+        raise InputError(
+            f"out={out} holds a run of {done} steps already, more than steps={settings.steps}; "
+            f"give steps={done} or more, or another folder."
+        )
     return out
 
 
-def claim(out: Path, options: Options) -> Path:
-    """Make the folder, one of its own for a run without out=, and write what identifies the run."""
+def claim(out: Path, options: Options, words: Sequence[str] = ()) -> Path:
+    """Make the folder, one of its own for a run without out=, and write what identifies the run.
+
+    In its config.yaml paths hold from any folder; a comment has the `words` as they were given.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         label = out.name
@@ -68,13 +80,26 @@ def claim(out: Path, options: Options) -> Path:
         identity = json.dumps(fingerprint(options), indent=1)
         checkpoint.replace_text(out / "fingerprint.json", identity)
         body: dict[str, Any] = dataclasses.asdict(options.settings)
-        for kind in KINDS:
-            own = dataclasses.asdict(getattr(options, kind))
+        body["out"] = body["out"] and os.path.abspath(body["out"])
+        parts = {kind: getattr(options, kind) for kind in KINDS}
+        parts |= {"problem": options.problem.rooted(), "launcher": options.launcher.rooted()}
+        for kind, part in parts.items():
+            own = dataclasses.asdict(part)
             body[kind] = {"name": options.names[kind]} | {k: _plain(v) for k, v in own.items()}
-        checkpoint.replace_text(out / "config.yaml", yaml.safe_dump(body, sort_keys=False))
+        text = _as_given(words) + yaml.safe_dump(body, sort_keys=False)
+        checkpoint.replace_text(out / "config.yaml", text)
     except (OSError, ValueError) as error:  # a ValueError for a name with a null byte
         raise InputError(f"out={out} cannot be written: {error}; choose another.") from None
     return out
+
+
+def _as_given(words: Sequence[str]) -> str:
+    """The words of a command line and the folder they were given in, as comments."""
+    if not words:
+        return ""
+    said = f"Given in {os.getcwd()}:\n{shlex.join(words)}"
+    plain = said.encode("utf-8", "backslashreplace").decode()  # no half of a surrogate pair
+    return "".join(f"# {line}\n" for line in plain.splitlines())
 
 
 def options_of(out: Path) -> dict[str, Any]:

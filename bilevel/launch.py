@@ -45,6 +45,10 @@ class Launcher(ABC):
         """
         return []
 
+    def rooted(self) -> Launcher:
+        """The launcher with paths that hold from any folder, as runs keep it; by default itself."""
+        return self
+
     def open(self) -> None:  # noqa: B027 - for many processes only
         """Find the other processes; nothing where there are none, or when called again."""
 

@@ -177,6 +177,13 @@ class Problem(ABC):
         own = fields(self) if is_dataclass(self) else ()
         return {field.name: getattr(self, field.name) for field in own}
 
+    def rooted(self) -> Problem:
+        """The problem with paths that hold from any folder, as a run keeps them; by default itself.
+
+        What the paths lead to, and what its parts are called, stays as it is.
+        """
+        return self
+
     def headline(self, record: dict[str, Any]) -> str:
         """A step's record in the few words of a progress line."""
         return f"upper {record['upper']:.4g}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shlex
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -22,7 +25,7 @@ from bilevel.folder import claim, fingerprint, folders, options_of, place, write
 from bilevel.launch import Launcher
 from bilevel.lora import Adapter
 from bilevel.options import CHOICES, KINDS, Options, help_text, parse
-from bilevel.piped import unbroken
+from bilevel.piped import recorded, unbroken
 from bilevel.problem import Problem
 from bilevel.result import Result, Status, together
 from bilevel.solve import audited, solve, start
@@ -31,6 +34,9 @@ from bilevel.tracking import Watch
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and what schedulers send before they take a machine away."""
+
+TIME = "%Y-%m-%d %H:%M:%S"
+"""Of a line of the log."""
 
 USAGE = """usage: python -m bilevel.run problem=NAME [solver=NAME] [memory=NAME] [KEY=VALUE ...]
 
@@ -92,46 +98,56 @@ def _run(options: Options, words: list[str]) -> int:
         memory=options.memory,
         launcher=launcher,
     )
-    out = Path(_on_main(launcher, lambda: str(claim(out, options))))
+    out = Path(_on_main(launcher, lambda: str(claim(out, options, words))))
     if planned:
         checkpoint.replace_text(out / "plan.json", json.dumps(plan.as_dict(planned), indent=1))
-    if notes and launcher.is_main:
-        print("\n".join(notes), flush=True)
+    with _logged(out / "log.txt") if launcher.is_main else nullcontext():
+        if notes and launcher.is_main:
+            print("\n".join(notes), flush=True)
+        return _searches(options, out, state, words)
+
+
+def _searches(options: Options, out: Path, state: State | None, words: list[str]) -> int:
+    """The search of every seed, and what the problem makes of them; returns the exit code."""
+    settings, launcher = options.settings, options.launcher
     results: list[Result] = []
     folder = out
     try:
-        with _logged(out / "log.txt") if launcher.is_main else nullcontext():
-            for seed, folder in folders(out, settings).items():
-                results = [replace(earlier, y=None) for earlier in results]  # makes room
-                own = replace(options, settings=replace(settings, seed=seed))
-                results.append(_search(own, folder, state, results, out))
-                state = None  # the next is made in its turn
-                if not results[-1].success:
-                    break
-            result = together(results)
-            if not launcher.is_main:
-                return 0 if result.success else 1
-            if settings.seeds > 1:
-                write_result(out, result)
-            if not result.success:
-                options.problem.interim(result, out)
-                kept = checkpoint.latest(folder / "checkpoints")
-                print(f"failed: {result.message} Last finite checkpoint: {kept}", file=sys.stderr)
-                return 1
-            print("\n".join(options.problem.finish(result, out)))
-    except KeyboardInterrupt:
+        for seed, folder in folders(out, settings).items():
+            results = [replace(earlier, y=None) for earlier in results]  # makes room
+            own = replace(options, settings=replace(settings, seed=seed))
+            results.append(_search(own, folder, state, results, out))
+            state = None  # the next is made in its turn
+            if not results[-1].success:
+                break
+        result = together(results)
         if not launcher.is_main:
-            return 130
-        step = _step(checkpoint.latest(folder / "checkpoints"))
-        at = f"step {step}" + (f" of {folder.name}" if folder != out else "")
-        same = [w for w in words if not w.removeprefix("--").startswith("out=")]
-        count = launcher.world_size
-        starter = ["python"] if count == 1 else ["torchrun", f"--nproc-per-node={count}"]
-        again = shlex.join([*starter, "-m", "bilevel.run", *same, f"out={out}"])
-        print(f"interrupted; saved at {at}. Go on with:\n  {again}", file=sys.stderr)
+            return 0 if result.success else 1
+        if settings.seeds > 1:
+            write_result(out, result)
+        if not result.success:
+            options.problem.interim(result, out)
+            kept = checkpoint.latest(folder / "checkpoints")
+            print(f"failed: {result.message} Last finite checkpoint: {kept}", file=sys.stderr)
+            return 1
+        print("\n".join(options.problem.finish(result, out)))
+    except KeyboardInterrupt:
+        if launcher.is_main:
+            print(_interrupted(launcher, out, folder, words), file=sys.stderr)
         return 130
     print(f"written to {out}")
     return 0
+
+
+def _interrupted(launcher: Launcher, out: Path, folder: Path, words: list[str]) -> str:
+    """What to say after Ctrl-C: which step was saved, and how to go on."""
+    step = checkpoint.step_of(checkpoint.latest(folder / "checkpoints"))
+    at = f"step {step}" + (f" of {folder.name}" if folder != out else "")
+    same = [w for w in words if not w.removeprefix("--").startswith("out=")]
+    count = launcher.world_size
+    starter = ["python"] if count == 1 else ["torchrun", f"--nproc-per-node={count}"]
+    again = shlex.join([*starter, "-m", "bilevel.run", *same, f"out={out}"])
+    return f"interrupted; saved at {at}. Go on with:\n  {again}"
 
 
 def _search(
@@ -149,9 +165,9 @@ def _search(
         lines = [f"seed {settings.seed}"] if folder != out else []
         lines += [f"going on from {done}"] if done else []
         print("\n".join([*lines, ""]), end="", flush=True)
-    progress = _Progress(problem, settings.steps, _step(done), launcher.is_main)
+    progress = _Progress(problem, settings.steps, checkpoint.step_of(done), launcher.is_main)
     written = options_of(out) if launcher.is_main else {}
-    watch = Watch(folder, done=_step(done), track=settings.track, options=written)
+    watch = Watch(folder, done=checkpoint.step_of(done), track=settings.track, options=written)
 
     def saved(result: Result) -> None:
         if launcher.is_main:
@@ -222,10 +238,6 @@ def _on_main(launcher: Launcher, function: Callable[[], str]) -> str:
     return answer["text"]
 
 
-def _step(path: Path | None) -> int:
-    return int(path.name.partition("-")[2]) if path else 0
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Warnings of libraries go to the log alone: the user has no use for them here."""
@@ -238,17 +250,34 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """What bilevel says, and libraries warn of, is appended to a file that one run may hold."""
+    """What is printed, what bilevel notes, what libraries warn of and how it failed go to a file.
+
+    They are appended, each line with the time; one run may hold the file.
+    """
     loggers = [logging.getLogger("bilevel"), logging.getLogger("py.warnings")]
     loggers[0].setLevel(logging.INFO)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         _lock(file)
         handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", TIME))
+
+        def record(line: str) -> None:
+            with contextlib.suppress(OSError):  # a full disk ends no run
+                file.write(f"{time.strftime(TIME)} {line}\n")
+                file.flush()
+
         for logger in loggers:
             logger.addHandler(handler)
         try:
-            yield
+            with recorded(record):
+                yield
+        except InputError as error:
+            for fault in error.faults:
+                record(f"error: {fault}")
+            raise
+        except Exception:
+            record(traceback.format_exc())
+            raise
         finally:
             for logger in loggers:
                 logger.removeHandler(handler)

@@ -67,7 +67,8 @@ def solve(
         on_save: Called after every checkpoint but the first, with the result so far (RUNNING).
 
     Raises:
-        InputError: As `start`, or if the checkpoint to continue from does not fit.
+        InputError: As `start`, or if the checkpoint to continue from does not fit, or is of more
+            steps.
 
     >>> import bilevel, torch
     >>> from bilevel.problems.quadratic import Quadratic
@@ -94,6 +95,11 @@ def solve(
         saved = checkpoint.load(newest, fingerprint=marks, like=state.like)
         history = saved.pop("history")
         state.load_state_dict(saved)
+        if state.step > steps:
+            raise InputError(
+                f"{newest} is of {state.step} steps, more than steps={steps}; give steps="
+                f"{state.step} or more, or another folder."
+            )
 
     def store(state: State) -> None:
         if folder is not None:

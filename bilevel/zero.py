@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -105,6 +105,9 @@ class DeepSpeed(Launcher):
         except InputError as error:
             faults += error.faults
         return faults + process_faults(problem, self.processes)
+
+    def rooted(self) -> DeepSpeed:
+        return replace(self, config=self.config and os.path.abspath(self.config))
 
     def open(self) -> None:
         if faults := _check_package():

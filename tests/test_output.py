@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import bilevel.run
-from bilevel.problems.llm_reweight import output, spread
+from bilevel import export
+from bilevel.problems.llm_reweight import LLMReweight, output, paths, spread
+from bilevel.problems.llm_reweight.records import name_paths
 from bilevel.run import main
 
 SCHEMA = json.loads(Path(output.__file__).with_name("weights.schema.json").read_text())
@@ -205,3 +208,50 @@ def test_the_rule_for_a_pair_is_the_stated_one(pairs):
     p = stats.ttest_1samp(d, 0).pvalue if apart else 0.05
     if abs(p - 0.05) > 1e-6 and abs(margin) > 1e-9:
         assert bool(spread.interchangeable(seeds)) == (small and p > 0.05)
+
+
+def test_a_run_goes_on_and_is_exported_from_another_folder(data, tmp_path, monkeypatch):
+    """Its config.yaml has whole paths, of sources under the names that they had."""
+    monkeypatch.chdir(data)
+    mine = ["sources=sea.jsonl law.jsonl tasty=food.jsonl", "target=target.jsonl"]
+    own = {word.partition("=")[0] for word in mine}
+    given = [w for w in words(data, tmp_path / "out") if w.partition("=")[0] not in own]
+    assert main([*given, *mine, "verdict=false"]) == 0
+    first = body(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "out" / "config.yaml"
+    assert "'sources=sea.jsonl law.jsonl tasty=food.jsonl'" in config.read_text().splitlines()[1]
+    assert main([f"config={config}", "steps=14"]) == 0
+    again = body(tmp_path / "out")
+    assert (first["steps"], again["steps"]) == (12, 14)
+    assert [s["name"] for s in again["sources"]] == ["sea", "law", "tasty"]
+    assert [s["path"] for s in again["sources"]] == [s["path"] for s in first["sources"]]
+    assert export.main([str(tmp_path / "out"), "--to", "mixed"]) == 0
+
+
+def test_paths_of_a_config_keep_names_and_what_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = ["a=b.jsonl", "x/same.jsonl", "y/same.jsonl", " c.jsonl", "d e.jsonl", "tiny"]
+    for name in [*odd, "model/config.json"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    entries = ("a=b.jsonl", "x/same.jsonl", "y/same.jsonl", " c.jsonl", "named=d e.jsonl")
+    problem = LLMReweight(
+        sources=entries,
+        target="d e.jsonl",
+        test="gone.jsonl",
+        model="tiny",
+        transfer="model",
+        compare=("size", "given:file=tiny", "given:file=gone.json"),
+    )
+    whole = paths.rooted(problem)
+    before, after = name_paths(problem.sources), name_paths(whole.sources)
+    assert {n: str(tmp_path / path) for n, path in before.items()} == after
+    assert whole.target == str(tmp_path / "d e.jsonl") and whole.test == "gone.jsonl"
+    assert whole.model == "tiny" and whole.transfer == str(tmp_path / "model")
+    assert whole.compare == ("size", f"given:file={tmp_path / 'tiny'}", "given:file=gone.json")
+    assert paths.rooted(whole) == whole
+    assert paths.rooted(replace(problem, model="model")).model == str(tmp_path / "model")
+    records = [{"text": "a"}]
+    own = LLMReweight(sources={"a": records}, target=records)
+    assert paths.rooted(own) == own

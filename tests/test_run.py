@@ -1,11 +1,14 @@
 """The command line, the checkpoints and resuming, on a small problem."""
 
+import contextlib
+import io
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +17,12 @@ from safetensors.torch import load_file
 import bilevel.run
 from bilevel import Single, checkpoint
 from bilevel.errors import InputError
+from bilevel.folder import claim, options_of
+from bilevel.options import parse
+from bilevel.piped import recorded
 from bilevel.run import main
 from bilevel.solvers.penalty import Penalty
+from bilevel.zero import DeepSpeed
 
 
 def run(*arguments):
@@ -271,3 +278,81 @@ def test_damaged_checkpoints_are_refused(tmp_path, capsys):
 
 def test_single_launcher_is_the_main_process():
     assert Single().is_main
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path, capsys):
+    out = tmp_path / "a"
+    assert run("steps=7", f"out={out}") == 0 == run("steps=7", f"out={out}")
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    capsys.readouterr()
+    assert run("steps=5", f"out={out}") == 2
+    said = capsys.readouterr().err
+    assert f"out={out} holds a run of 7 steps already, more than steps=5; give steps=7" in said
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    assert run("steps=4", "seeds=2", f"out={tmp_path / 'b'}") == 0
+    assert run("steps=3", "seeds=3", f"out={tmp_path / 'b'}") == 2
+    assert "holds a run of 4 steps already, more than steps=3" in capsys.readouterr().err
+    options = {"checkpoints": tmp_path / "c", "resume": True}
+    solver = Penalty(inner_steps=1)
+    assert bilevel.solve(Breaks(""), solver, steps=9, **options).nit == 9
+    with pytest.raises(InputError, match=r"is of 9 steps, more than steps=5; give steps=9 or more"):
+        bilevel.solve(Breaks(""), solver, steps=5, **options)
+
+
+def test_the_log_has_what_the_console_said(tmp_path, capsys):
+    """Every line of both streams, with the time in front, of a run, its failure and its return."""
+    out = tmp_path / "a"
+    assert run("steps=10", f"out={out}") == 0
+    printed = capsys.readouterr()
+    logged = (out / "log.txt").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in logged] == printed.out.splitlines() != []
+    assert all(line.startswith("20") and line[10] == " " for line in logged)
+    checkpoint_ = checkpoint.latest(out / "checkpoints")
+    (checkpoint_ / "state.json").write_text("{}")
+    assert run("steps=12", f"out={out}") == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    again = (out / "log.txt").read_text().splitlines()
+    assert again[: len(logged)] == logged and again[-1].endswith(told)
+    assert told.startswith("error: ")
+
+
+def test_of_a_bar_the_log_has_its_end(tmp_path):
+    lines = []
+    with contextlib.redirect_stderr(io.StringIO()) as shown, recorded(lines.append):
+        sys.stderr.write("\r  0%| | 0/2")
+        sys.stderr.write("\r 50%| | 1/2\r100%|#| 2/2\n")
+        print("a\n\nb\r", file=sys.stderr)
+        sys.stderr.write("no end")
+        assert not sys.stderr.isatty()
+    assert lines == ["100%|#| 2/2", "a", "b"]
+    assert shown.getvalue().endswith("a\n\nb\r\nno end")
+
+
+def test_a_crash_is_in_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(bilevel.run._Progress, "__call__", lambda *a: [][1])
+    with pytest.raises(IndexError):
+        run("steps=3", f"out={tmp_path / 'a'}")
+    assert "IndexError: list index out of range" in (tmp_path / "a" / "log.txt").read_text()
+
+
+def test_the_config_holds_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("steps=4", "out=a b") == 0
+    config = tmp_path / "a b" / "config.yaml"
+    given, words = config.read_text().splitlines()[:2]
+    assert given == f"# Given in {tmp_path}:"
+    assert words == "# problem=quadratic solver=scalebio steps=4 'out=a b'"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert main([f"config={config}", "steps=6"]) == 0
+    assert "step 6/6" in capsys.readouterr().out and not list(elsewhere.iterdir())
+    assert len((tmp_path / "a b" / "trajectory.jsonl").read_text().splitlines()) == 6
+
+
+def test_the_config_of_an_engine_is_kept_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = parse(["problem=quadratic", "out=a"])
+    for given, whole in (("zero.json", str(tmp_path / "zero.json")), ("", "")):
+        claim(tmp_path / "a", replace(options, launcher=DeepSpeed(config=given)))
+        assert options_of(tmp_path / "a")["launcher"]["config"] == whole

@@ -431,6 +431,11 @@ class LLMReweight(Problem):
 
         return rehearsal.timed(self, solver, memory)
 
+    def rooted(self) -> LLMReweight:
+        from bilevel.problems.llm_reweight import paths
+
+        return paths.rooted(self)
+
     def headline(self, record: dict[str, Any]) -> str:
         """The words of the progress line."""
         top = sorted(record["weights"].items(), key=lambda item: -item[1])[:3]
