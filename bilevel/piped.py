@@ -46,6 +46,9 @@ class _Recorded:
                 self.record(shown)
         return written
 
+    def flush(self) -> None:
+        self.inner.flush()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
