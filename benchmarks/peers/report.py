@@ -37,7 +37,9 @@ def _lines(rows: list[Row]) -> Iterable[str]:
         "of an outer step, median of interleaved repeats, with the least and the most; `upper` is "
         "the loss at the end of the curve's budget, with the lower level solved again; calls of "
         "an oracle (a gradient, or a product with second derivatives) are counted by the formula "
-        "of the method. `MB` is the peak of a step over what was there before it."
+        "of the method. `MB` is the peak of a step over what was there before it. `s to 0.6` are "
+        "the CPU seconds to that loss with the step of x that all share, `best` with the best of "
+        "it and 3, 10 and 30 times it."
     )
     yield from _peers(rows)
     for name, words in tasks.WORDS.items():
@@ -69,7 +71,7 @@ def _task(rows: list[Row], name: str) -> Iterable[str]:
     head = ["library", "method", "error", "cosine", "long", "ms", "range", "wall ms", "MB"]
     digits = not name.startswith("quadratic")
     head += ["upper", "seconds", "calls"] if digits else []
-    head += ["s to 0.6"] if name == "cleaning" else []
+    head += ["s to 0.6", "best"] if name == "cleaning" else []
     yield "| " + " | ".join(head) + " |"
     yield "|" + " --- |" * len(head)
     own = [row for row in rows if row.get("task") == name]
@@ -90,9 +92,18 @@ def _task(rows: list[Row], name: str) -> Iterable[str]:
         if digits:
             cells += _end(curve)
         if name == "cleaning":
-            goal = (curve or {}).get("goal")
-            cells.append(f"{goal['wall']:.2f}" if goal else "no")
+            cells += _goal(mine)
         yield "| " + " | ".join(cells) + " |"
+
+
+def _goal(mine: list[Row]) -> list[str]:
+    """CPU seconds to the goal with the common step of x, and with the best one and its scale."""
+    goals = {r.get("scale", 1.0): r["goal"]["cpu"] for r in mine if r.get("goal")}
+    if not goals:
+        return ["no", "no"]
+    best = min(goals, key=goals.__getitem__)
+    common = f"{goals[1.0]:.3g}" if 1.0 in goals else "no"
+    return [common, f"{goals[best]:.3g} ({best:g})"]
 
 
 def _end(curve: Row | None) -> list[str]:

@@ -46,9 +46,12 @@ class Worker:
                 continue
         return {"methods": self.peer.METHODS, "versions": found}
 
-    def open(self, path: str, method: str, inner: int, products: int) -> dict[str, Any]:
-        """A new run at the task's start."""
+    def open(
+        self, path: str, method: str, inner: int, products: int, scale: float = 1.0
+    ) -> dict[str, Any]:
+        """A new run at the task's start, with `scale` times the task's step size of x."""
         self.task = self.peer.load(path)
+        self.task.options["upper_lr"] *= scale
         self.held = _memory("VmRSS")
         self.run = self.peer.start(self.task, method, inner, products)
         return {"x": self.run.x().tolist()}
