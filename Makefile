@@ -30,15 +30,18 @@ test-all: lint docs
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(VENV)/.ready
-	$(BIN)/python benchmarks/step_cost.py
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/methods.py
-	$(BIN)/python benchmarks/weights_quality.py
-	$(BIN)/python benchmarks/peers/run.py
-	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then $(BIN)/python benchmarks/scale.py; \
-	else $(BIN)/python benchmarks/scale.py --device cpu --shapes tiny --results build; fi
+# Interrupted, it goes on with the script that it was at; once all have ended, it starts anew.
+BENCHMARKS = step_cost overhead methods weights_quality peers/run scale
+bench: $(BENCHMARKS:%=build/bench/%.done)
+	rm -rf build/bench
+
+build/bench/%.done: $(VENV)/.ready
+	$(BIN)/python benchmarks/$*.py $(OPTIONS_$*)
+	mkdir -p $(@D)
+	touch $@
+
+# Without a GPU the table of the large shapes stays as it is, and a tiny one shows that it runs.
+OPTIONS_scale = $(shell $(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "--device cpu --shapes tiny --results build")')
 
 clean:
 	rm -rf $(VENV) build *.egg-info

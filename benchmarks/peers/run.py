@@ -4,12 +4,13 @@ Run: python benchmarks/peers/run.py   (writes benchmarks/results/peers.jsonl, .m
 
 Every library runs in its own environment and process on one thread in float64, from the same start,
 by gradient descent of the same step, with plain gradient descent on x, so that the hypergradient it
-used is the move of x over the step size. Each record is written as soon as it is there; the same
-command again goes on where an interrupted one stopped. Timings are interleaved: each library does
-a few steps in turn, so that a slow moment of the machine hits all alike.
+used is the move of x over the step size. Each record is kept in build/peers as soon as it is
+there, and the same command goes on where an interrupted one stopped; one that ended starts anew.
+Timings are interleaved: each library does a few steps in turn, so that a slow moment of the machine
+hits all alike.
 
     --prepare          only make the environments
-    --fresh            forget the records that are there
+    --fresh            forget what an interrupted run has kept
     --source NAME=DIR  install a library from a folder instead
 """
 
@@ -19,6 +20,7 @@ import argparse
 import contextlib
 import json
 import platform
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -319,7 +321,7 @@ def main() -> None:
         print(f"{name}: {fault or 'installed'}", flush=True)
     if options.prepare:
         return
-    path = options.out.with_suffix(".jsonl")
+    path = FOLDER / f"{options.out.name}.jsonl"
     if options.fresh:
         path.unlink(missing_ok=True)
     records = Records(path)
@@ -332,6 +334,7 @@ def main() -> None:
     for name in options.tasks:
         harness.task(name)
     report.write(records.rows, options.out)
+    shutil.move(path, options.out.with_suffix(".jsonl"))
 
 
 if __name__ == "__main__":
