@@ -120,7 +120,8 @@ class Exact:
             value, slope = self._gradient(x, torch.from_numpy(flat))
             return value, slope.numpy()
 
-        options = {"maxiter": 3000, "maxfun": 6000, "ftol": 0.0, "gtol": 1e-7}
+        enough = 500 if len(self._shapes) > 1 and not descent else 3000  # four digits of f
+        options = {"maxiter": enough, "maxfun": 6000, "ftol": 0.0, "gtol": 1e-7}
         found = minimize(evaluate, y.numpy(), jac=True, method="L-BFGS-B", options=options)
         y = torch.from_numpy(found.x)
         for _ in range(2 if descent else 0):
