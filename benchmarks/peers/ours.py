@@ -20,6 +20,7 @@ METHODS = {
     "aid traced": "implicit",
     "itd": "unrolled",
     "itd traced": "unrolled",
+    "aid 10+3": "few steps",
 }
 
 
@@ -30,6 +31,8 @@ def start(task: Task, method: str, inner: int, products: int) -> Run:
         "upper_optimizer": "sgd",
         "upper_lr": task.upper_lr,
     }
+    if method == "aid 10+3":
+        return Run(task, AID(**shared | {"inner_steps": 10, "linear_steps": 3}))
     name, *engine = method.split()
     shared |= {"engine": engine[0]} if engine else {}
     if name == "aid":
