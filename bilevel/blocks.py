@@ -59,7 +59,7 @@ def _names_of(module: nn.Module, getter: str, candidates: list[str]) -> list[str
 
 
 def _numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())  # ZeRO-3 shards
 
 
 def block_paths(value: Value) -> list[str]:

@@ -42,7 +42,7 @@ def begin(
     }
     x = launcher.variable("x", x0, upper, bounds["x"])
     shared = () if bounds["y"] else memory.shared(y0)
-    y = launcher.variable("y", y0, lower, bounds["y"], shared)
+    y = launcher.variable("y", y0, lower, bounds["y"], shared, switches=memory.switches)
     copies = {name: launcher.twin(y, name, lower, shared) for name in twins}
     streams = problem.batches(generator)
     return State(

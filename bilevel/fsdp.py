@@ -70,15 +70,17 @@ class _Engine(Launcher):
         optimizer: OptimizerFactory,
         project: Callable[[Value], Value] | None = None,
         shared: Sequence[str] = (),
+        *,
+        switches: bool = False,
     ) -> Variable:
         own = value.whole if isinstance(value, Part) else value
         processes.same(f"the start of {name}", digest(own))
         if isinstance(value, Part):
-            device = _home(value.whole)
+            device = home(value.whole)
             self._shard(value.whole, device, ())  # with the parts of its twins
         if not isinstance(value, nn.Module) or isinstance(value, Part):
             return Variable(name, value, optimizer, project)
-        empty, device = blueprint(value), _home(value)
+        empty, device = blueprint(value), home(value)
         variable = Variable(name, self._shard(value, device, shared), optimizer, project)
         variable.blueprint = empty
         return variable
@@ -296,11 +298,6 @@ def _check_options(launcher: _Engine) -> None:
         raise InputError(faults)
 
 
-def _home(module: nn.Module) -> str:
-    """Where a module shall compute: at its `home` if it has one, else where it is."""
-    return getattr(module, "home", None) or next(module.parameters()).device.type
-
-
 def _fill(module: nn.Module, source: nn.Module, wanted: Callable[[str], bool]) -> None:
     """Give a sharded module without content copies of the shards of another of its kind."""
     first: dict[int, str] = {}
@@ -328,3 +325,8 @@ def blueprint(module: nn.Module) -> nn.Module:
         for p in module.parameters()
     }
     return deepcopy(module, memo)
+
+
+def home(module: nn.Module) -> str:
+    """Where a module shall compute: at its `home` if it has one, else where it is."""
+    return getattr(module, "home", None) or next(module.parameters()).device.type

@@ -313,6 +313,8 @@ class _Holding(Launcher):
         optimizer: OptimizerFactory,
         project: Callable[[Value], Value] | None = None,
         shared: Sequence[str] = (),
+        *,
+        switches: bool = False,
     ) -> Variable:
         if name == "x":
             return self._inner.variable(name, value, _Hold)

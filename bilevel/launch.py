@@ -63,8 +63,19 @@ class Launcher(ABC):
         optimizer: OptimizerFactory,
         project: Callable[[Value], Value] | None = None,
         shared: Sequence[str] = (),
+        *,
+        switches: bool = False,
     ) -> Variable:
-        """A variable that owns `value`, of which twins will share the submodules at these paths."""
+        """A variable that owns `value`, of which twins will share the submodules at these paths.
+
+        Args:
+            name: Used in messages and checkpoints.
+            value: Its start.
+            optimizer: Builds the optimizer from the list of leaves.
+            project: Euclidean projection on the feasible set.
+            shared: Paths of submodules.
+            switches: Whether what trains of it changes during the run.
+        """
 
     @abstractmethod
     def twin(
@@ -146,6 +157,8 @@ class Single(Launcher):
         optimizer: OptimizerFactory,
         project: Callable[[Value], Value] | None = None,
         shared: Sequence[str] = (),
+        *,
+        switches: bool = False,
     ) -> Variable:
         if self.threads:
             torch.set_num_threads(self.threads)

@@ -166,7 +166,7 @@ class Adapter(Part):
 
         mark = f".{self.name}."
         tensors = {
-            f"base_model.model.{path.removeprefix('whole.')}".replace(mark, "."): whole(p.detach())
+            f"base_model.model.{path.removeprefix('whole.')}".replace(mark, "."): whole(p).detach()
             for path, p in self.named_parameters()
         }
         if not main:

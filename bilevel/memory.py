@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ log = logging.getLogger("bilevel")
 
 class Memory(ABC):
     """A strategy for the lower variable and its twins; `init` gives its state for one run."""
+
+    switches: ClassVar[bool] = False
+    """Whether what trains changes during a run."""
 
     def check(
         self, *, constrained: bool, direct: Sequence[str], options: Mapping[str, Any]
@@ -113,6 +116,8 @@ class LISA(Memory):
     Model Fine-Tuning, 2024, Algorithm 1. Deviations: final norms train with the head; the state of
     leaving blocks is dropped; the draw comes from a saved generator, one for both twins.
     """
+
+    switches: ClassVar[bool] = True
 
     gamma: int = 2
     """Blocks that train at a time."""
@@ -285,8 +290,7 @@ class _LISAState(MemoryState):
             for name, parameter in named_leaves(variable.value).items():
                 parameter.requires_grad_(name in trainable)
                 if name not in trainable:
-                    parameter.grad = None
-                    variable.optimizer.state.pop(parameter, None)
+                    variable.forget(parameter)
 
 
 def _held(variables: Sequence[Variable]) -> str:

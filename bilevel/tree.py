@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, TypeAlias
 
 import torch
@@ -157,7 +158,12 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, gathered from the processes, which must call this together."""
+    """All of a sharded tensor, gathered from the processes, which must call this together.
+
+    Of a parameter that ZeRO-3 shards a copy, where the module was made to compute.
+    """
+    if hasattr(tensor, "ds_id"):
+        return _gathered(tensor)
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -224,6 +230,11 @@ def _over_shards(number: Tensor, of: Tensor) -> Tensor:
             if placement.is_shard():
                 all_reduce(number, group=mesh.get_group(i))
     return number
+
+
+def _gathered(parameter: Any) -> Tensor:
+    with import_module("deepspeed").zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -35,6 +35,10 @@ class Holder(ABC):
     def tensors(self) -> dict[str, list[Tensor]]:
         """What this process holds of `value`, `gradient` and `optimizer`."""
 
+    def piece(self, leaf: Tensor) -> Tensor:
+        """What the optimizer steps in the place of a leaf, and where its gradient is gathered."""
+        return leaf
+
     @abstractmethod
     def clip(self, largest: float) -> None:
         """Let the next step be along the gathered gradient, clipped to this norm."""
@@ -132,7 +136,7 @@ class Variable:
     def clear(self) -> None:
         """Forget the gathered gradient."""
         for leaf in self._leaves:
-            leaf.grad = None
+            leaf.grad = self._piece(leaf).grad = None
 
     def fork(self, paths: Sequence[str]) -> None:
         """Give this variable submodules of its own where it uses those of its original.
@@ -145,12 +149,21 @@ class Variable:
             self.borrowed.discard(path)
         self._leaves = leaves(self.value)
         (group,) = self.optimizer.param_groups
-        group["params"] = self._leaves
+        group["params"] = [self._piece(leaf) for leaf in self._leaves]
+
+    def forget(self, leaf: Tensor) -> None:
+        """Drop what was gathered for a leaf, and its optimizer state."""
+        piece = self._piece(leaf)
+        leaf.grad = piece.grad = None
+        self.optimizer.state.pop(piece, None)
+
+    def _piece(self, leaf: Tensor) -> Tensor:
+        return self.holder.piece(leaf) if self.holder else leaf
 
     def _copy(self, path: str) -> nn.Module:
         return clone(self.value.get_submodule(path))
 
-    def _owns(self, name: str) -> bool:
+    def owns(self, name: str) -> bool:
         """Whether the leaf of that name is this variable's alone."""
         return not any(name.startswith(f"{path}.") for path in self.borrowed)
 
@@ -207,7 +220,7 @@ class Variable:
             return self.holder.tensors()
         states = [t for s in self.optimizer.state.values() for t in s.values()]
         return {
-            "value": [p for name, p in named_leaves(self.value).items() if self._owns(name)],
+            "value": [p for name, p in named_leaves(self.value).items() if self.owns(name)],
             "gradient": [p.grad for p in self._leaves if p.grad is not None],
             "optimizer": [t for t in states if torch.is_tensor(t)],
         }
@@ -219,14 +232,14 @@ class Variable:
     def state_dict(self) -> dict[str, Any]:
         if self.holder:
             return self.holder.state_dict()
-        own = {k: v.detach() for k, v in named_leaves(self.value).items() if self._owns(k)}
+        own = {k: v.detach() for k, v in named_leaves(self.value).items() if self.owns(k)}
         return {
             "value": own,
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        own = {k: v for k, v in named_leaves(self.value).items() if self._owns(k)}
+        own = {k: v for k, v in named_leaves(self.value).items() if self.owns(k)}
         if own.keys() != state["value"].keys():
             raise InputError(
                 f"the saved value of {self.name} has other parts: expected {sorted(own)[:5]}, "

@@ -35,6 +35,9 @@ REFUSED = {
 }
 """Parts of a config that cannot be switched on, and why."""
 
+BUCKET = 500_000_000
+"""Numbers of the buffer in which every engine gathers gradients, where a config is silent."""
+
 FIXED: dict[str, Any] = {
     "managed_gradient_accumulation": False,  # a step of ours may have any number of passes
     "zero_force_ds_cpu_optimizer": False,  # the optimizer is torch's, offloaded or not
@@ -65,6 +68,12 @@ def read(path: str) -> dict[str, Any]:
             f"launcher.config={path} must hold a JSON object, got {type(body).__name__}."
         )
     return body
+
+
+def stage_of(config: dict[str, Any], wanted: int) -> int:
+    """The stage of a config, or the one that is wanted where it does not say; 3 if neither does."""
+    found = _section(config, "zero_optimization").get("stage", AUTO)
+    return found if found in (2, 3) else wanted or 3
 
 
 def contradictions(
@@ -153,7 +162,13 @@ def numbers(config: dict[str, Any], dtype: torch.dtype | None) -> list[str]:
 
 
 def filled(
-    config: dict[str, Any], *, stage: int, offload: bool, dtype: torch.dtype, width: int | None
+    config: dict[str, Any],
+    *,
+    stage: int,
+    offload: bool,
+    dtype: torch.dtype,
+    width: int | None,
+    most: int,
 ) -> dict[str, Any]:
     """What an engine gets: the config with our values where it says "auto", or nothing.
 
@@ -165,10 +180,12 @@ def filled(
         offload: launcher.offload.
         dtype: Of the parameters.
         width: Of the model, None if it does not tell.
+        most: Numbers that train, more than which no buffer of gradients needs.
 
     Raises:
         InputError: If an "auto" is left that stands for nothing we know.
     """
+    settled = stage_of(config, stage)
     own = deepcopy(
         {k: v for k, v in config.items() if k not in ("optimizer", "scheduler", *BATCHES)}
     )
@@ -181,8 +198,7 @@ def filled(
     own["fp16"] = {"enabled": False}
     own.setdefault("steps_per_print", 2**31)
     zero = own["zero_optimization"] = dict(_section(own, "zero_optimization"))
-    if zero.get("stage", AUTO) == AUTO:
-        zero["stage"] = stage or 3
+    zero["stage"] = settled
     if offload:
         zero["offload_optimizer"] = _section(zero, "offload_optimizer") | {"device": "cpu"}
     sizes = {
@@ -195,6 +211,7 @@ def filled(
             del zero[key]
             if width:
                 zero[key] = int(share * width * width)
+    zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", BUCKET)), most)
     for key in ("steps_per_print", "communication_data_type"):
         if own.get(key) == AUTO:
             del own[key]

@@ -14,7 +14,7 @@ ORDER = [
     ["variable", "precision", "offload", "blocks", "processes"],
     ["trunk"],
     ["problem", "memory"],
-    ["launch", "lora", "zero_config"],
+    ["launch", "lora", "zero_config", "zero_package", "zero_engine", "zero_shards"],
     ["oracle", "solver", "checkpoint", "plugins", "fsdp", "zero"],
     ["descent", "staged", "check", "resolve", "batch", "footprint"],
     ["hypergradient"],

@@ -1,17 +1,19 @@
 """DeepSpeed's engines give what one plain process gives, and say what they cannot do."""
 
 import json
-import shutil
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from processes_case import llm
+from processes_case import Tied, llm
 from safetensors.torch import load_file
 from test_processes import torchrun
-from zero_case import BYTES, CASES, KEPT, RESUMED, branches, run
+from zero_case import BYTES, CASES, KEPT, MEMORIES, RESUMED, SAVED, branches, run
 
 import bilevel
 from bilevel import LISA, Full, InputError, Single, zero_config
@@ -19,7 +21,7 @@ from bilevel.check import options as fit
 from bilevel.options import parse
 from bilevel.problems.quadratic import Quadratic
 from bilevel.solvers.penalty import VPBGD, Penalty, scalebio
-from bilevel.zero import DeepSpeed
+from bilevel.zero import DeepSpeed, whole_parameters
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="needs deepspeed: pip install 'bilevel[deepspeed]'"
@@ -62,33 +64,37 @@ def data(tmp_path_factory):
         rows = [{"text": f"{text} {i} " * (1 + i % 3)} for i in range(16 + len(name))]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "ds.json").write_text(json.dumps(JSON))
+    own = JSON["zero_optimization"] | {"offload_param": {"device": "cpu", "pin_memory": False}}
+    (folder / "host.json").write_text(json.dumps(JSON | {"zero_optimization": own}))
     return folder
 
 
 @pytest.fixture(scope="module")
 def folder(data):
     """What two processes left there, starting in part from what one has saved."""
-    run(data, Single(), "plain", 0, steps=KEPT, checkpoints=data / "kept-1")
-    done = torchrun(2, HERE / "zero_case.py", data, timeout=600)
+    for memory, kept in (("full", "kept-1"), ("lisa", "lisa-1"), ("lora", "lora-1")):
+        run(data, Single(), memory, "plain", 0, steps=KEPT, checkpoints=data / kept)
+    done = torchrun(2, HERE / "zero_case.py", data, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return data
 
 
 @pytest.fixture(scope="module")
 def single(data):
-    solvers = {solver for _, solver, _ in CASES.values()}
-    return {solver: run(data, Single(), solver, 0) for solver in sorted(solvers)}
+    """What one process gives, by memory and solver."""
+    wanted = {case[1:3] for case in CASES.values()}
+    return {key: run(data, Single(), *key, 0) for key in sorted(wanted)}
 
 
 def close(found, expected, tolerance=1e-5):
-    for part in expected.keys() - {"held"}:
+    for part in sorted(expected.keys() - {"held"}):
         torch.testing.assert_close(found[part], expected[part], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_give_what_one_gives(folder, single, name):
-    expected = single[CASES[name][1]]
+    expected = single[CASES[name][1:3]]
     assert expected["x"].abs().max() > 0.01  # something has been learned
     close(load_file(folder / f"{name}.safetensors"), expected)
 
@@ -96,17 +102,18 @@ def test_two_processes_give_what_one_gives(folder, single, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_goes_on_whoever_saved_it(folder, single, name):
-    found = load_file(folder / f"{name}.safetensors")
-    close(found, single["plain"])
+    found, uninterrupted = load_file(folder / f"{name}.safetensors"), RESUMED[name][2]
+    close(found, single[CASES[uninterrupted][1], "plain"])
     if name.endswith("again"):  # nothing has changed, so nothing may differ
-        close(found, load_file(folder / f"{name.partition('-')[0]}.safetensors"), tolerance=0)
+        close(found, load_file(folder / f"{uninterrupted}.safetensors"), tolerance=0)
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_from_two(folder, single):
-    shutil.rmtree(folder / "kept-3" / "step-00000010")
-    options = {"checkpoints": folder / "kept-3", "resume": True}
-    close(run(folder, Single(), "plain", 0, **options), single["plain"])
+@pytest.mark.parametrize("name", SAVED)
+def test_one_process_goes_on_from_two(folder, single, name):
+    memory = SAVED[name][1]
+    options = {"checkpoints": folder / f"{name}-as-saved", "resume": True}
+    close(run(folder, Single(), memory, "plain", 0, **options), single[memory, "plain"])
 
 
 @pytest.mark.slow
@@ -122,29 +129,126 @@ def test_passes_may_reach_different_parts(folder, stage, offload):
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_gradient_that_is_not_finite_ends_the_run(folder, stage, offload):
     words = (folder / f"broken-{stage}-{offload}.txt").read_text()
-    assert "Step 1: the gradient of y and z is not finite; x has not moved" in words
+    assert "Step 1: the gradient of y is not finite; neither it nor x has moved" in words
+
+
+def held(found):
+    """Bytes of the end by part."""
+    return dict(zip(BYTES, found["held"][-1].tolist(), strict=True))
 
 
 @pytest.mark.slow
 def test_a_process_holds_its_share(folder, single):
-    whole = dict(zip(BYTES, single["plain"]["held"].tolist(), strict=True))
+    whole = held(single["full", "plain"])
     for name, shards in (("zero2", 1), ("zero3", 2)):
-        held = load_file(folder / f"{name}.safetensors")["held"].tolist()
-        found = dict(zip(BYTES, held, strict=True))
+        found = held(load_file(folder / f"{name}.safetensors"))
         assert found["value"] == whole["value"] / shards
         # masters that float32 parameters do not need, and the moments of AdamW
         assert found["optimizer"] == pytest.approx((whole["value"] + whole["optimizer"]) / 2, 1e-3)
 
 
-def test_one_process_under_an_engine_is_one_process():
-    expected = branches(Single())[1]
-    for stage in (2, 3):  # and a process may join, leave and join again
-        launcher = DeepSpeed(stage=stage)
-        try:
-            _, found = branches(launcher)
-        finally:
-            launcher.close()
-        close(found, expected, tolerance=1e-6)
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ["lisa", "lora", "lisa-often"])
+def test_only_what_trains_has_states_and_all_is_cut_up(folder, single, name, rank):
+    whole = held(single[CASES[f"zero3-{name}"][1], "plain"])
+    found = load_file(folder / f"zero3-{name}.safetensors.{rank}")
+    for part in ("value", "optimizer"):  # plus a count and a padded entry for each parameter
+        assert held(found)[part] == pytest.approx(whole[part] / 2, rel=5e-3), part
+    assert len(set(found["held"][:, BYTES.index("optimizer")].tolist())) == 1  # over all switches
+
+
+@pytest.mark.slow
+def test_an_adapter_has_states_beside_a_whole_base(folder, single):
+    whole = held(single["lora", "plain"])
+    found = held(load_file(folder / "zero2-lora.safetensors"))
+    assert found["value"] == whole["value"]
+    adapters = whole["optimizer"] / 2  # of both moments of each number
+    assert found["optimizer"] == pytest.approx(3 / 2 * adapters, rel=5e-3)  # with masters, cut up
+
+
+FORMS = [*((s, "full") for s in (2, 3)), *((s, "lora") for s in (2, 3)), (3, "lisa"), (3, "apart")]
+
+
+@pytest.mark.parametrize(("stage", "memory"), FORMS)
+def test_one_process_under_an_engine_is_one_process(data, stage, memory):
+    solver = scalebio(warmup=1, lower_optimizer="sgd", lower_lr=0.1, clip=0.5)
+    options = {"steps": 3, "memory": replace_period(MEMORIES[memory])}
+    with closing(DeepSpeed(stage=stage)) as launcher:  # who leaves may join again
+        found = bilevel.solve(llm(data), solver, launcher=launcher, **options)
+        parts = whole_parameters(found.y)
+    expected = bilevel.solve(llm(data), solver, **options)
+    torch.testing.assert_close(found.x, expected.x, rtol=1e-6, atol=1e-6)
+    for name, p in expected.y.named_parameters():
+        torch.testing.assert_close(parts[name], p.detach(), rtol=1e-6, atol=1e-6)
+
+
+def replace_period(memory):
+    return replace(memory, period=1) if isinstance(memory, LISA) else memory
+
+
+class Untied(Tied):
+    """The same with a head of its own, in float32."""
+
+    def init(self, generator):
+        x, model = super().init(generator)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        return x.float(), model.float()
+
+
+class Float(Tied):
+    """The same in float32; every loss of y is two passes."""
+
+    def init(self, generator):
+        x, model = super().init(generator)
+        return x.float(), model.float()
+
+
+def test_what_is_frozen_neither_moves_nor_holds_anything():
+    memory, seen = LISA(gamma=1, period=1), []
+
+    def look(state, record):
+        y = state.variables["y"]
+        named = dict(y.value.named_parameters())
+        holding = {n for n, p in named.items() if y.optimizer.state.get(y.holder.piece(p))}
+        assert holding == {n for n, p in named.items() if p.requires_grad}
+        seen.append((state.memory.active, {n: p.ds_tensor.clone() for n, p in named.items()}))
+
+    options = {"steps": 4, "memory": memory}
+    expected = bilevel.solve(Float(), scalebio(warmup=0, lower_optimizer="sgd"), **options)
+    with closing(DeepSpeed(stage=3)) as launcher:
+        options["launcher"] = launcher
+        found = bilevel.solve(Float(), scalebio(warmup=0, lower_optimizer="sgd"), **options)
+        parts = whole_parameters(found.y)
+        bilevel.solve(Float(), scalebio(warmup=0), callbacks=[look], **options)
+    for name, p in expected.y.named_parameters():  # embedding and head are tied
+        torch.testing.assert_close(parts[name], p.detach(), rtol=1e-6, atol=1e-6)
+    assert len({tuple(active) for active, _ in seen}) > 1
+    for (_, before), (active, after) in pairwise(seen):
+        moved = {name.split(".")[2] for name, p in after.items() if not p.equal(before[name])}
+        assert moved & {"0", "1", "2"} == {str(i) for i in active}
+
+
+def test_a_block_is_gathered_only_while_it_is_used():
+    """Copies share blocks; a block that looked ahead would wait for its own backward pass."""
+    free, hooks = [], []
+
+    def note(block, inputs, output, others):
+        held = [p.ds_status.name for other in others for p in other.parameters()]
+        free.append(set(held) == {"NOT_AVAILABLE"})
+
+    def watch(state, record):
+        if not hooks:
+            stack = list(state.variables["y"].value.model.layers)
+            for block in stack:
+                others = [other for other in stack if other is not block]
+                hooks.append(block.register_forward_hook(partial(note, others=others)))
+
+    with closing(DeepSpeed(stage=3)) as launcher:
+        options = {"launcher": launcher, "callbacks": [watch], "memory": LISA(gamma=1)}
+        bilevel.solve(Untied(), scalebio(warmup=0), steps=4, **options)
+    # three steps with hooks: passes of y through three blocks, and of z through the two it borrows
+    assert len(free) == 3 * (3 * 3 + 2 * 2) and all(free)
 
 
 def test_processes_that_count_differently_are_refused(monkeypatch):
@@ -161,11 +265,16 @@ def test_processes_that_count_differently_are_refused(monkeypatch):
 def test_what_cannot_run_is_told_together(data):
     launcher = DeepSpeed(processes=2)
     faults = bilevel.check(llm(data), Penalty(prox=1.0), launcher=launcher, memory=LISA())
-    assert len(faults) == 3
-    assert "frozen blocks keep moving and thawed ones never move; use launcher=fsdp2" in faults[0]
+    assert len(faults) == 2
     for words in ("solver.growth=1.1 (1 is", "solver.prox=1.0 (0 is", "solver.stencil=2 (1, or"):
-        assert words in faults[1]
-    assert "launcher.processes=2, but 1 were started" in faults[2]
+        assert words in faults[0]
+    assert "launcher.processes=2, but 1 were started" in faults[1]
+    memory = LISA(offload="idle")
+    faults = bilevel.check(llm(data), scalebio(), launcher=DeepSpeed(stage=2), memory=memory)
+    assert len(faults) == 2
+    assert "memory=lisa at stage 2: ZeRO-2 makes flat buffers" in faults[0]
+    assert "thawed ones never move; use stage 3, or launcher=fsdp2" in faults[0]
+    assert "memory.offload has no effect" in faults[1]
     (fault,) = bilevel.check(llm(data), VPBGD(), launcher=DeepSpeed())
     assert "solver=VPBGD" in fault
     (fault,) = bilevel.check(Quadratic(), "aid", launcher=DeepSpeed())
@@ -235,7 +344,7 @@ def test_all_contradictions_are_told_together(data, monkeypatch):
 
 def test_what_an_engine_gets():
     with_auto = {"zero_optimization": JSON["zero_optimization"], "comms_logger": {"enabled": False}}
-    options = {"stage": 0, "offload": False, "dtype": torch.bfloat16}
+    options = {"stage": 0, "offload": False, "dtype": torch.bfloat16, "most": 2000}
     found = zero_config.filled(with_auto | {"train_batch_size": 8}, **options, width=32)
     assert found["gradient_clipping"] == 0.0 and "train_batch_size" not in found
     assert found["bf16"] == {"enabled": True, "check_grad_overflow": True}
@@ -244,7 +353,11 @@ def test_what_an_engine_gets():
     assert zero["stage3_param_persistence_threshold"] == 320  # as accelerate fills them in
     assert found["comms_logger"] == {"enabled": False}
     plain = zero_config.filled({}, **options | {"offload": True}, width=None)
-    assert plain["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert plain["zero_optimization"] == {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "reduce_bucket_size": 2000,  # no larger than what trains
+    }
     with pytest.raises(InputError, match=r'"auto" for zero_optimization.sub_group_size'):
         zero_config.filled({"zero_optimization": {"sub_group_size": "auto"}}, **options, width=32)
 
@@ -259,11 +372,11 @@ def test_the_command_line_knows_it(data):
 
 
 def test_without_deepspeed_the_extra_is_named(data, monkeypatch):
-    monkeypatch.setattr("bilevel.zero.find_spec", lambda name: None)
+    monkeypatch.setattr("bilevel.zero_package.find_spec", lambda name: None)
     (fault,) = bilevel.check(llm(data), scalebio(), launcher=DeepSpeed())
     assert "pip install 'bilevel[deepspeed]'" in fault
     monkeypatch.undo()
-    monkeypatch.setattr("bilevel.zero.metadata.version", lambda name: "0.18.2")
+    monkeypatch.setattr("bilevel.zero_package.metadata.version", lambda name: "0.18.2")
     (fault,) = bilevel.check(llm(data), scalebio(), launcher=DeepSpeed())
     assert "0.19.8 or newer, found 0.18.2" in fault
 

@@ -1,5 +1,6 @@
 """One process of a run that tests/test_zero.py starts: DeepSpeed in every form, also resumed."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,8 +9,9 @@ from processes_case import llm
 from safetensors.torch import save_file
 from torch import nn
 
-from bilevel import Always, Full, Problem, solve
+from bilevel import LISA, Always, Full, LoRA, Problem, processes, solve
 from bilevel.solvers.penalty import scalebio
+from bilevel.tree import Part, leaves, size_bytes
 from bilevel.zero import DeepSpeed, whole_parameters
 
 STEPS = 10
@@ -25,14 +27,31 @@ SOLVERS = {
         upper_lr=1.0,
     ),
 }
+MEMORIES = {
+    "full": Full(),
+    "lisa": LISA(gamma=1, period=4),  # ten steps have two switches
+    "apart": LISA(gamma=1, period=4, share=False),  # the same numbers in more memory
+    "lora": LoRA(rank=4),
+    "often": LISA(gamma=1, period=1),
+}
 CASES = {
-    "zero2": ({"stage": 2}, "plain", 0),
-    "zero3": ({"stage": 3}, "plain", 0),
-    "zero2-offload": ({"stage": 2, "offload": True}, "plain", 3),
-    "zero3-offload": ({"stage": 3, "offload": True}, "plain", 3),
-    "zero2-inner": ({"stage": 2}, "inner", 3),
-    "zero3-inner": ({"stage": 3}, "inner", 3),
-    "json": ({"config": "ds.json"}, "plain", 3),
+    "zero2": ({"stage": 2}, "full", "plain", 0),
+    "zero3": ({"stage": 3}, "full", "plain", 0),
+    "zero2-offload": ({"stage": 2, "offload": True}, "full", "plain", 3),
+    "zero3-offload": ({"stage": 3, "offload": True}, "full", "plain", 3),
+    "zero2-inner": ({"stage": 2}, "full", "inner", 3),
+    "zero3-inner": ({"stage": 3}, "full", "inner", 3),
+    "json": ({"config": "ds.json"}, "full", "plain", 3),
+    "zero3-lisa": ({"stage": 3}, "lisa", "plain", 0),
+    "zero3-lisa-apart": ({"stage": 3}, "apart", "plain", 3),
+    "zero3-lisa-inner": ({"stage": 3, "offload": True}, "lisa", "inner", 3),
+    "zero3-lisa-often": ({"stage": 3}, "often", "plain", 0),
+    "zero2-lora": ({"stage": 2}, "lora", "plain", 0),
+    "zero2-lora-offload": ({"stage": 2, "offload": True}, "lora", "plain", 3),
+    "zero3-lora": ({"stage": 3}, "lora", "plain", 0),
+    "zero3-lora-inner": ({"stage": 3, "offload": True}, "lora", "inner", 3),
+    "json-lisa": ({"config": "ds.json"}, "lisa", "plain", 3),
+    "json-lora": ({"config": "host.json"}, "lora", "plain", 3),
 }
 
 
@@ -89,49 +108,77 @@ def branches(launcher, **options):
     return result, {"x": result.x, "y": torch.cat(y)}
 
 
-def run(folder, launcher, solver, micro_batch, **options):
-    """The weights, the whole of y, the losses and the bytes of one run."""
-    seen = []
+def held_by(copies):
+    """Bytes that this process has of the copies of y and their base, and of what trains in them."""
+    parts = [copy.memory() for copy in copies]
+    value = copies[0].value
+    base = [p for p in leaves(value.whole) if not p.requires_grad] if is_part(value) else []
+    held = {k: sum(part[k] for part in parts) for k in BYTES}
+    held["value"] += size_bytes([getattr(p, "ds_tensor", p) for p in base])
+    return [held[k] for k in BYTES]
+
+
+def is_part(value):
+    return isinstance(value, Part)
+
+
+def run(folder, launcher, memory, solver, micro_batch, **options):
+    """The weights, the whole of y, the losses and the bytes after every step of one run."""
+    held = []
     result = solve(
         llm(folder, micro_batch),
         SOLVERS[solver],
-        memory=Full(),
+        memory=MEMORIES[memory],
         launcher=launcher,
-        callbacks=[lambda state, record: seen.append(state)],
+        callbacks=[lambda state, record: held.append(held_by(state.copies))],
         **{"steps": STEPS} | options,
     )
     assert result.success, result.message
     y = [p.flatten() for p in whole_parameters(result.y).values()]
     losses = [[row["upper"], row["lower"]] for row in result.history]
-    held = {k: sum(v.memory()[k] for n, v in seen[-1].variables.items() if n != "x") for k in BYTES}
     return {
         "x": result.x,
         "y": torch.cat(y),
         "losses": torch.tensor(losses, dtype=torch.float64),
-        "held": torch.tensor([held[k] for k in BYTES]),
+        "held": torch.tensor(held),
     }
 
 
 BYTES = ("value", "gradient", "optimizer")
 
 
-RESUMED = {
-    "zero2-again": ({"stage": 2}, "kept-2", "plain"),
-    "zero3-again": ({"stage": 3}, "kept-3", "plain"),
-    "zero3-from-one": ({"stage": 3}, "kept-1", "plain"),
-    "zero2-from-3": ({"stage": 2, "offload": True}, "kept-3-too", "plain"),
+SAVED = {  # by whom
+    "kept-2": ({"stage": 2}, "full"),
+    "kept-3": ({"stage": 3}, "full"),
+    "kept-3-too": ({"stage": 3}, "full"),
+    "lisa-3": ({"stage": 3}, "lisa"),
+    "lora-2": ({"stage": 2}, "lora"),
+    "lora-3": ({"stage": 3, "offload": True}, "lora"),
 }
-KEPT = 6
+RESUMED = {  # by whom, from which, which is what was done without a stop
+    "zero2-again": ({"stage": 2}, "kept-2", "zero2"),
+    "zero3-again": ({"stage": 3}, "kept-3", "zero3"),
+    "zero3-from-one": ({"stage": 3}, "kept-1", "zero3"),
+    "zero2-from-3": ({"stage": 2, "offload": True}, "kept-3-too", "zero2"),
+    "zero3-lisa-again": ({"stage": 3}, "lisa-3", "zero3-lisa"),
+    "zero3-lisa-from-one": ({"stage": 3, "offload": True}, "lisa-1", "zero3-lisa"),
+    "zero2-lora-again": ({"stage": 2}, "lora-2", "zero2-lora"),
+    "zero3-lora-again": ({"stage": 3, "offload": True}, "lora-3", "zero3-lora"),
+    "zero3-lora-from-one": ({"stage": 3}, "lora-1", "zero3-lora"),
+}
+KEPT = 6  # in the middle of a period
 
 
 def stop_and_resume(folder):
     """Runs that end at step 6 and go on from there, on this engine or another."""
-    for stage, kept in ((2, "kept-2"), (3, "kept-3"), (3, "kept-3-too")):
-        options = {"steps": KEPT, "checkpoints": folder / kept}
-        run(folder, DeepSpeed(stage=stage), "plain", 0, **options)
-    for name, (options, kept, solver) in RESUMED.items():
+    for kept, (options, memory) in SAVED.items():
         launcher = DeepSpeed(**options)
-        found = run(folder, launcher, solver, 0, checkpoints=folder / kept, resume=True)
+        run(folder, launcher, memory, "plain", 0, steps=KEPT, checkpoints=folder / kept)
+        if launcher.is_main:  # who goes on adds to it
+            shutil.copytree(folder / kept, folder / f"{kept}-as-saved")
+    for name, (options, kept, uninterrupted) in RESUMED.items():
+        launcher, memory = DeepSpeed(**options), CASES[uninterrupted][1]
+        found = run(folder, launcher, memory, "plain", 0, checkpoints=folder / kept, resume=True)
         if launcher.is_main:
             save_file(found, folder / f"{name}.safetensors")
 
@@ -147,11 +194,12 @@ def main(folder: Path) -> None:
                 save_file(found, folder / f"branches-{stage}-{offload}.safetensors")
                 (folder / f"broken-{stage}-{offload}.txt").write_text(result.message)
     stop_and_resume(folder)
-    for name, (options, solver, micro_batch) in CASES.items():
+    for name, (options, memory, solver, micro_batch) in CASES.items():
         if "config" in options:
             options = {"config": str(folder / options["config"])}
         launcher = DeepSpeed(**options, processes=2)
-        found = run(folder, launcher, solver, micro_batch)
+        found = run(folder, launcher, memory, solver, micro_batch)
+        save_file(found, folder / f"{name}.safetensors.{processes.rank()}")
         if launcher.is_main:
             save_file(found, folder / f"{name}.safetensors")
 
