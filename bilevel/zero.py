@@ -23,7 +23,7 @@ from bilevel.tree import Part, Value, digest, leaves, whole
 from bilevel.variable import OptimizerFactory, Variable
 from bilevel.zero_engine import Engine, Flat
 from bilevel.zero_package import join, leave, package_faults
-from bilevel.zero_shards import Sharder, Shards
+from bilevel.zero_shards import Sharder, Shards, copied, cut_up
 
 ENTRYWISE = (
     *("sgd", "adam", "adamw", "adamax", "nadam", "radam"),
@@ -96,7 +96,7 @@ class DeepSpeed(Launcher):
             )
         try:
             config = zero_config.read(self.config)
-            faults += _check_memory(memory, zero_config.stage_of(config, self.stage))
+            faults += memory_faults(memory, zero_config.stage_of(config, self.stage))
             faults += zero_config.contradictions(
                 config,
                 problem,
@@ -149,6 +149,8 @@ class DeepSpeed(Launcher):
         if config["zero_optimization"]["stage"] < 3 or not (switches or isinstance(value, Part)):
             if isinstance(value, Part):  # the base is nobody's, so nobody moves it
                 value.whole.to(home(value.whole))
+            elif config["zero_optimization"]["stage"] == 3:
+                cut_up(value, config)
             variable = self._flat(Variable(name, value, optimizer, project), config)
         else:
             sharder = Sharder(config)
@@ -179,7 +181,10 @@ class DeepSpeed(Launcher):
             )
         else:
             assert isinstance(engine, Flat)
-            copy = value.twin(name) if isinstance(value, Part) else _filled(empty, value)
+            if isinstance(value, Part):
+                copy = value.twin(name)
+            else:
+                copy = copied(empty, value) if engine.stage == 3 else _filled(empty, value)
             variable = Variable(name, copy, optimizer, original.project)
             self._flat(variable, engine.config)
         variable.blueprint = empty
@@ -290,24 +295,8 @@ class DeepSpeed(Launcher):
         return []
 
 
-def whole_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters of a module that may be sharded; every process must call it.
-
-    They lie where the module was made to compute; one at a time is gathered.
-    """
-    return {name: whole(p).detach().clone() for name, p in module.named_parameters()}
-
-
-def _filled(empty: nn.Module, source: nn.Module) -> nn.Module:
-    """A module like `empty` with the numbers of another."""
-    held = whole_parameters(source).values()
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(own) for p, own in zip(leaves(empty), held, strict=True)
-    }
-    return deepcopy(empty, memo)
-
-
-def _check_memory(memory: Memory, stage: int) -> list[str]:
+def memory_faults(memory: Memory, stage: int) -> list[str]:
+    """Why DeepSpeed cannot train this at a stage, as sentences."""
     name, faults = type(memory).__name__.lower(), []
     if memory.switches and stage < 3:
         faults.append(
@@ -326,3 +315,20 @@ def _check_memory(memory: Memory, stage: int) -> list[str]:
             f"{memory.precision}; use memory.precision=master."
         )
     return faults
+
+
+def whole_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters of a module that may be sharded; every process must call it.
+
+    They lie where the module was made to compute; one at a time is gathered.
+    """
+    return {name: whole(p).detach().clone() for name, p in module.named_parameters()}
+
+
+def _filled(empty: nn.Module, source: nn.Module) -> nn.Module:
+    """A module like `empty` with the numbers of another."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(own.detach().clone())
+        for p, own in zip(leaves(empty), leaves(source), strict=True)
+    }
+    return deepcopy(empty, memo)

@@ -53,28 +53,11 @@ class Sharder:
                 self._hooked.append(self._hook(part, alone=part is not module))
                 for p in leaves(part):
                     _clear_padding(p)
-        device = package().accelerator.get_accelerator().current_device_name()
-        for buffer in module.buffers():
-            buffer.data = buffer.to(device)  # where parameters were moved before they were cut up
+        _place_buffers(module)
 
     def copied(self, empty: nn.Module, source: nn.Module, shared: Sequence[str] = ()) -> nn.Module:
-        """A module like `empty` with the numbers of a sharded one; parameter by parameter.
-
-        Args:
-            empty: A module whose parameters have no memory.
-            source: Another of its kind.
-            shared: Paths of submodules of the source that it uses too.
-        """
-        inside = tuple(f"{path}." for path in shared)
-        found = named_leaves(source)
-        memo: dict[int, Any] = {
-            id(p): _copy(found[name])
-            for name, p in empty.named_parameters()
-            if not name.startswith(inside)
-        }
-        module = deepcopy(empty, memo)
-        for path in shared:
-            module.set_submodule(path, source.get_submodule(path))
+        """As `copied`, with hooks."""
+        module = copied(empty, source, shared)
         self.shard(module, shared)
         return module
 
@@ -239,6 +222,47 @@ class Shards(Engine):
     def _owned(self) -> dict[str, Any]:
         named = named_leaves(self.variable.value)
         return {name: p for name, p in named.items() if self.variable.owns(name)}
+
+
+def cut_up(module: nn.Module, config: dict[str, Any]) -> None:
+    """Cut a module up among the processes, in place; one parameter at a time is on the device.
+
+    Args:
+        module: Lies anywhere.
+        config: What DeepSpeed gets.
+    """
+    package().zero.Init(module=module, config_dict_or_path=config)
+    for p in leaves(module):
+        _clear_padding(p)
+    _place_buffers(module)
+
+
+def copied(empty: nn.Module, source: nn.Module, shared: Sequence[str] = ()) -> nn.Module:
+    """A module like `empty` with the numbers of one that is cut up; parameter by parameter.
+
+    Args:
+        empty: A module whose parameters have no memory.
+        source: Another of its kind.
+        shared: Paths of submodules of the source that it uses too.
+    """
+    inside = tuple(f"{path}." for path in shared)
+    found = named_leaves(source)
+    memo: dict[int, Any] = {
+        id(p): _copy(found[name])
+        for name, p in empty.named_parameters()
+        if not name.startswith(inside)
+    }
+    module = deepcopy(empty, memo)
+    for path in shared:
+        module.set_submodule(path, source.get_submodule(path))
+    return module
+
+
+def _place_buffers(module: nn.Module) -> None:
+    """Where parameters are moved when they are cut up."""
+    device = package().accelerator.get_accelerator().current_device_name()
+    for buffer in module.buffers():
+        buffer.data = buffer.to(device)
 
 
 def _offload() -> Any:

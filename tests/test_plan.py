@@ -76,10 +76,46 @@ def test_adapters_of_yi_are_those_of_the_published_arithmetic():
     assert shapes.shape("yi-34b").adapters(16) == 122_880_000  # 16 * 60 * sum of in + out
 
 
+@pytest.mark.parametrize("name", ["tiny", "yi-34b", "gpt-neox-20b", "qwen-2.5-0.5b"])
+def test_linear_layers_have_the_names_and_sizes_of_the_model(name):
+    linear = {
+        n: (layer.in_features, layer.out_features)
+        for n, layer in meta(name).named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    assert shapes.shape(name).layers() == linear
+
+
+# q and v of 60 blocks: 7168 -> 7168 and 7168 -> 8 x 128; the head 7168 -> 64000
+ADAPTED = {
+    ("q_proj", "v_proj"): 16 * 60 * (7168 + 7168 + 7168 + 1024),
+    ("self_attn.q_proj",): 16 * 60 * (7168 + 7168),
+    ("layers.7.mlp.down_proj", "lm_head"): 16 * (20480 + 7168 + 7168 + 64000),
+}
+
+
+@pytest.mark.parametrize("targets", ADAPTED, ids="+".join)
+def test_chosen_layers_are_planned(targets):
+    words = [*YI, "memory=lora", f"memory.targets={' '.join(targets)}", "device=h200"]
+    found = plan.make(words).footprint
+    assert found.trained == ADAPTED[targets]
+    parts = found.moments["at the head"]
+    assert parts["adapters"] == 2 * 4 * ADAPTED[targets]
+    assert found.total < plan.make([*YI, "memory=lora", "device=h200"]).footprint.total
+
+
+def test_layers_that_are_not_there_are_told_as_a_run_tells_them():
+    with pytest.raises(InputError, match=r"yi-34b has no linear layer q_lin; its linear layers"):
+        plan.make([*YI, "memory=lora", "memory.targets=q_lin"])
+
+
 # bytes that stay
 
 
-@pytest.mark.parametrize("memory", [Full(), LISA(gamma=1, embedding=False), LoRA(rank=4)])
+@pytest.mark.parametrize(
+    "memory",
+    [Full(), LISA(gamma=1, embedding=False), LoRA(rank=4), LoRA(rank=4, targets=("v_proj",))],
+)
 def test_weights_gradients_and_states_are_those_held_by_a_run(memory):
     problem = LLMReweight(layers=4, width=64, dtype="float32", verdict=False)
     solver = scalebio(warmup=0)
@@ -582,3 +618,57 @@ def test_the_time_is_that_of_all_seeds(capsys):
     said = "\n".join(plan.lines(made, timed=(2.0, 1e9)))
     assert f"100 steps of 3 seeds: {plan.duration(made.steps * made.seconds)} by" in said
     assert "measured here: 2.00 s a step, 100 steps of 3 seeds 10.0 minutes" in said
+
+
+# DeepSpeed
+
+
+ENGINE = ["launcher=deepspeed", "devices=8", "device=h100", *LONG[:2], "problem.dtype=bfloat16"]
+N, TRAINS, ADAPTERS = 34_388_917_248, 2_033_225_728, 122_880_000  # of Yi; LISA with two blocks
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        # two models; masters and moments of both among eight; gradients there during a sweep alone
+        (["stage=2"], {"weights": 4 * N, "states": 2 * 12 * N / 8, "gradients": 0.0}),
+        (["stage=3"], {"weights": 4 * N / 8, "states": 3 * N, "gradients": 2 * 2 * N / 8}),
+        (["stage=3", "offload=true"], {"weights": N / 2, "states": 0.0, "gradients": 0.0}),
+        # one base in every process; float32 adapters whole, with masters, moments cut up
+        (["stage=2", "lora"], {"weights": 2 * N, "states": 2 * 12 * ADAPTERS / 8}),
+        (["stage=3", "lora"], {"weights": N / 4, "states": 2 * 8 * ADAPTERS / 8}),
+        (["stage=3", "lisa", "apart"], {"weights": N / 2, "states": 2 * 12 * TRAINS / 8}),
+    ],
+)
+def test_what_zero_shares_out(words, parts):
+    kinds = {"lora": ["memory=lora"], "lisa": ["memory=lisa"], "apart": ["memory.share=false"]}
+    more = [w for word in words for w in kinds.get(word, [f"launcher.{word}"])]
+    head = plan.make([*YI, *ENGINE, *more]).footprint.moments["at the head"]
+    head["states"] = head["master copies and optimizer"]
+    for part, size in parts.items():
+        assert head[part] == pytest.approx(size, rel=1e-6), part
+
+
+def test_what_leaves_the_device_is_in_host_memory():
+    words = [*YI, *ENGINE, "launcher.offload=true"]
+    for stage in (2, 3):
+        found = plan.make([*words, f"launcher.stage={stage}"]).footprint
+        # masters and moments 12, the gradient in bfloat16 2 and in float32 4
+        assert found.host["states and gradients of both copies"] == pytest.approx(2 * 18 * N)
+
+
+def test_a_config_decides_what_is_planned(tmp_path):
+    path = tmp_path / "ds.json"
+    zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1e6}
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    found = plan.make([*YI, *ENGINE, f"launcher.config={path}"]).footprint
+    head = found.moments["at the head"]
+    assert head["buffers of gradients"] == 2 * 2 * 2 * 1e6 and "gathered" not in head
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}, "stage3_max_live_parameters": 6e8}
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    found = plan.make([*YI, *ENGINE, f"launcher.config={path}"]).footprint
+    assert found.moments["at the head"]["weights"] == 0.0
+    assert found.moments["at the head"]["gathered"] == 2 * 6e8
+    assert found.host["weights"] == 4 * N
+    with pytest.raises(InputError, match="memory=lisa at stage 2"):
+        plan.make([*YI, *ENGINE, "memory=lisa", "launcher.stage=2"])

@@ -13,7 +13,7 @@ import torch
 from processes_case import Tied, llm
 from safetensors.torch import load_file
 from test_processes import torchrun
-from zero_case import BYTES, CASES, KEPT, MEMORIES, RESUMED, SAVED, branches, run
+from zero_case import BYTES, CASES, KEPT, MEMORIES, PLANNED, RESUMED, SAVED, branches, run
 
 import bilevel
 from bilevel import LISA, Full, InputError, Single, zero_config
@@ -74,7 +74,7 @@ def folder(data):
     """What two processes left there, starting in part from what one has saved."""
     for memory, kept in (("full", "kept-1"), ("lisa", "lisa-1"), ("lora", "lora-1")):
         run(data, Single(), memory, "plain", 0, steps=KEPT, checkpoints=data / kept)
-    done = torchrun(2, HERE / "zero_case.py", data, timeout=1200)
+    done = torchrun(2, HERE / "zero_case.py", data, "run", timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return data
 
@@ -165,6 +165,20 @@ def test_an_adapter_has_states_beside_a_whole_base(folder, single):
     assert found["value"] == whole["value"]
     adapters = whole["optimizer"] / 2  # of both moments of each number
     assert found["optimizer"] == pytest.approx(3 / 2 * adapters, rel=5e-3)  # with masters, cut up
+
+
+@pytest.mark.slow
+def test_a_process_holds_what_was_planned(tmp_path):
+    done = torchrun(2, HERE / "zero_case.py", tmp_path, "plan", timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "bytes.json").read_text())
+    assert found.keys() == PLANNED.keys()
+    for name, (measured, planned) in found.items():
+        assert sum(measured.values()) == pytest.approx(sum(planned.values()), rel=0.02), name
+        assert bool(planned["on the host"]) == name.endswith("offload")
+        parts = BYTES if not planned["on the host"] else ("value",)
+        for part in parts:
+            assert measured[part] == pytest.approx(planned[part], rel=0.02), (name, part)
 
 
 FORMS = [*((s, "full") for s in (2, 3)), *((s, "lora") for s in (2, 3)), (3, "lisa"), (3, "apart")]

@@ -1,5 +1,6 @@
 """One process of a run that tests/test_zero.py starts: DeepSpeed in every form, also resumed."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bilevel import LISA, Always, Full, LoRA, Problem, processes, solve
+from bilevel.footprint import work
+from bilevel.problems.llm_reweight import LLMReweight, footprint
+from bilevel.problems.llm_reweight.choices import choices
+from bilevel.solve import start
 from bilevel.solvers.penalty import scalebio
 from bilevel.tree import Part, leaves, size_bytes
 from bilevel.zero import DeepSpeed, whole_parameters
@@ -183,6 +188,43 @@ def stop_and_resume(folder):
             save_file(found, folder / f"{name}.safetensors")
 
 
+PLANNED = {
+    "full-2": ({"stage": 2}, "full", "bfloat16"),
+    "full-3": ({"stage": 3}, "full", "bfloat16"),
+    "full-2-wide": ({"stage": 2}, "full", "float32"),
+    "full-3-wide": ({"stage": 3}, "full", "float32"),
+    "full-2-offload": ({"stage": 2, "offload": True}, "full", "bfloat16"),
+    "full-3-offload": ({"stage": 3, "offload": True}, "full", "bfloat16"),
+    "lisa-3": ({"stage": 3}, "lisa", "bfloat16"),
+    "lisa-3-apart": ({"stage": 3}, "apart", "bfloat16"),
+    "lisa-3-offload": ({"stage": 3, "offload": True}, "lisa", "bfloat16"),
+    "lora-2": ({"stage": 2}, "lora", "bfloat16"),
+    "lora-3": ({"stage": 3}, "lora", "bfloat16"),
+    "lora-3-offload": ({"stage": 3, "offload": True}, "lora", "bfloat16"),
+}
+
+
+def held_and_planned(memory, dtype, launcher):
+    """Bytes of y, z, their gradients and states in a process after three steps, and by plan."""
+    solver, does = SOLVERS["plain"], MEMORIES[memory]
+    size = {"layers": 3, "width": 32, "batch": 12, "target_batch": 8}
+    problem = LLMReweight(**size, dtype=dtype, verdict=False)  # its vocabulary is the planned
+    state = start(problem, solver, memory=does, launcher=launcher)
+    for _ in range(3):
+        state = solver.step(problem, launcher, state)
+    held = dict(zip(BYTES, held_by(state.copies), strict=True))
+    shape = footprint._shape(problem)
+    made = choices(problem, work(solver, problem.number(does), does), does, launcher, 2, shape, 3)
+    parts = footprint.moments(shape, made, footprint._rows(problem, 2))["at the head"]
+    host = footprint._host(shape, made, 2)
+    return held, {
+        "value": parts["weights"] + parts["adapters"],
+        "gradient": parts["gradients"],
+        "optimizer": parts["master copies and optimizer"],
+        "on the host": host.get("states and gradients of both copies", 0.0) / 2,
+    }
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     for stage in (2, 3):
@@ -204,5 +246,16 @@ def main(folder: Path) -> None:
             save_file(found, folder / f"{name}.safetensors")
 
 
+def plan(folder: Path) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    for name, (options, memory, dtype) in PLANNED.items():
+        launcher = DeepSpeed(**options)
+        found[name] = held_and_planned(memory, dtype, launcher)
+    if launcher.is_main:
+        (folder / "bytes.json").write_text(json.dumps(found))
+    launcher.close()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"run": main, "plan": plan}[sys.argv[2]](Path(sys.argv[1]))

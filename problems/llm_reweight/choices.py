@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bilevel import LISA, Full, InputError, Launcher, Memory
 from bilevel.footprint import Work
 from bilevel.lora import LoRA
+from bilevel.problems.llm_reweight.launching import WIDE, launched
 from bilevel.problems.llm_reweight.shapes import Shape
 from bilevel.tracking import memory as memory_used
 
@@ -21,8 +22,6 @@ LIBRARIES = 1.5e9
 """Bytes of host memory of a process with CUDA and its libraries, before it holds a model."""
 KEEPS = 0.8
 """Of glibc's malloc: 0.5 with all blocks training to 1.3 with adapters, see docs/log.md."""
-WIDE = 4
-"""Bytes of a number in float32, in which losses, norms and reductions are computed."""
 BYTES = {"auto": 2, "float32": 4, "bfloat16": 2}
 """Of a number by problem.dtype; the cards that are planned for compute in bfloat16."""
 
@@ -55,12 +54,20 @@ class Choices:
     """Whether these are passed once for all copies, and their output is kept."""
     rank: int = 0
     """Of adapters on every matrix of the blocks; 0 has none."""
+    targets: tuple[str, ...] = ()
+    """Layers that have adapters, by name or its end; all matrices of the blocks without any."""
     adapter: float = 4.0
     """Of a number of an adapter."""
     held: float = 12.0
     """Of master copy and optimizer state together."""
     held_on_host: bool = False
     """Whether these are in host memory, and a copy steps by one parameter at a time."""
+    states_on_host: bool = False
+    """Whether these are in host memory with the gradients, and the step is there too."""
+    weights_on_host: bool = False
+    """Whether the shards of weights are in host memory."""
+    masters: float = 0.0
+    """Of masters besides, which an engine has of float32 parameters too."""
     kept: float = 0.0
     """Of further vectors that the solver keeps, for each number of y."""
     gradient: float = 2.0
@@ -79,6 +86,20 @@ class Choices:
     """Whether blocks are gathered before use, which takes buffers."""
     ends_apart: bool = True
     """Whether embedding and head are gathered and freed by themselves."""
+    gathered: float = 0.0
+    """Numbers that are gathered at a time; 0 for two blocks, and the ends that are not apart."""
+    reduced: float = 0.0
+    """Numbers of a gradient on its way to its shards; 0 for those of the largest part."""
+    buckets: float = 0.0
+    """Bytes, of all copies together, in which engines gather gradients to be reduced."""
+    stays: bool = False
+    """Whether the gradients of all copies have memory between steps too."""
+    stepped: float = 0.0
+    """Numbers on a device that step at a time; 0 for all."""
+    apart: bool = False
+    """Whether the step converts gradients into other memory, in which they are wide."""
+    saved_whole: bool = False
+    """Whether a checkpoint is gathered in the main process."""
     deferred: bool = False
     """Whether gradients of several passes are summed whole, in float32, before they are shared."""
     foreach: bool = True
@@ -93,7 +114,7 @@ class Choices:
     def trained(self, of: Shape) -> int:
         """Numbers of one copy that train at a time."""
         if self.rank:
-            return of.adapters(self.rank)
+            return of.adapters(self.rank, self.targets)
         return self.blocks * of.block + sum(getattr(of, part) for part in self.ends)
 
     def forked(self, of: Shape) -> int:
@@ -106,8 +127,15 @@ class Choices:
     def unit(self, of: Shape) -> int:
         """Numbers of the largest part whose gradients exist at once in any case."""
         if self.rank:
-            return of.adapters(self.rank) // of.blocks
+            return self.trained(of) // of.blocks
         return max(of.block if self.blocks else 0, *(getattr(of, part) for part in self.ends), 0)
+
+    def largest(self, of: Shape) -> int:
+        """Numbers of the largest parameter that trains."""
+        if self.rank:
+            return self.rank * max(max(size) for size in of.adapted(self.targets))
+        ends = [of.embedding] if {"embedding", "head"}.intersection(self.ends) else []
+        return max([*ends, *(a * b for a, b in of.linears if self.blocks)], default=0)
 
 
 def choices(
@@ -170,33 +198,25 @@ def choices(
             base |= {"bases": 1, "drawn": drawn if shares else blocks, "resident": 1}
             base |= {"held_on_host": memory.offload == "states"}
     elif kind is LoRA and isinstance(memory, LoRA):
-        if memory.targets:
-            faults.append("memory.targets cannot be planned yet; leave it out for all matrices.")
+        try:
+            _ = of and of.adapted(memory.targets)
+        except InputError as error:
+            faults += error.faults
         base |= {"blocks": 0, "ends": (), "rank": memory.rank, "bases": 1, "gradient": WIDE}
+        base |= {"targets": memory.targets}
     else:
         faults.append(f"memory={type(memory).__name__.lower()} cannot be planned yet.")
-    match type(launcher).__name__:
-        case "Single":
-            if devices > 1:
-                faults.append(
-                    f"launcher=single uses one device, got devices={devices}; use launcher=fsdp2, "
-                    "or devices=1."
-                )
-        case "FSDP2":
-            shards = dict.fromkeys(("weight_shards", "gradient_shards", "state_shards"), devices)
-            apart = not of.tied if of else True
-            base |= shards | {"gathers": True, "ends_apart": apart}
-            base |= {"deferred": not getattr(launcher, "reduces", False)}
-        case "DDP":
-            base |= {"deferred": not getattr(launcher, "reduces", False)}
-        case name:
-            faults.append(f"launcher={name.lower()} cannot be planned yet.")
     offloads = isinstance(memory, LISA) and memory.offload != "none"
     if offloads and type(launcher).__name__ != "Single":
         faults.append("memory.offload needs launcher=single; leave one of them out.")
+    made = Choices(**base)
+    try:
+        made = launched(made, launcher, memory, devices, None if faults else of)
+    except InputError as error:
+        faults += error.faults
     if faults:
         raise InputError(faults)
-    return Choices(**base)
+    return made
 
 
 def _libraries() -> float:

@@ -16,7 +16,8 @@ from bilevel.cards import Card
 from bilevel.footprint import Footprint, Work
 from bilevel.lora import LoRA
 from bilevel.problems.llm_reweight import checks
-from bilevel.problems.llm_reweight.choices import LIBRARIES, WIDE, Choices, choices
+from bilevel.problems.llm_reweight.choices import LIBRARIES, Choices, choices
+from bilevel.problems.llm_reweight.launching import WIDE
 from bilevel.problems.llm_reweight.losses import LOGITS
 from bilevel.problems.llm_reweight.shapes import Shape, shape
 from bilevel.problems.llm_reweight.survey import Survey, padded, survey, table
@@ -150,31 +151,32 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
     """
     n, trained = of.total, made.trained(of)
     kept = (trained if made.rank else n) * made.kept
-    states = 0.0 if made.held_on_host else made.resident * trained * made.held / made.state_shards
+    states = made.resident * trained * (made.held + made.masters) / made.state_shards
+    states *= not (made.held_on_host or made.states_on_host)
+    weights = weights_of(of, made)
     fixed = {
-        "weights": made.bases * n * made.weight / made.weight_shards,
-        "adapters": made.learners * trained * made.adapter / made.weight_shards * bool(made.rank),
+        "weights": weights["base"] * (not made.weights_on_host),
+        "adapters": weights["adapters"] * (not made.weights_on_host),
         "master copies and optimizer": states + made.learners * kept / made.state_shards,
         made.around[0]: made.around[1],
     }
     if made.once:
         several = passes.tokens * (passes.lower + passes.upper)
         fixed["output of the trunk"] = several * of.width * made.weight
-    if made.bases == 1 < made.resident and not made.rank:
-        forked = (made.resident - 1) * made.forked(of)
-        fixed["weights"] += forked * made.weight / made.weight_shards
+    if made.buckets:
+        fixed["buffers of gradients"] = made.buckets
     several = passes.lower > 1
-    one = trained * made.gradient / made.gradient_shards
+    one = trained * made.gradient / made.gradient_shards * (not made.states_on_host)
     own = trained * WIDE if made.deferred and (several or passes.upper) else one
     unit = made.unit(of) * made.gradient / made.gradient_shards
-    before = (min(made.resident, made.gradients) - 1) * one
-    early = {"gradients": (before + own * several) * made.at_once}
+    before = ((made.learners if made.stays else min(made.resident, made.gradients)) - 1) * one
+    early = {"gradients": (before + own * (several or made.stays)) * made.at_once}
     late = {"gradients": before + own if made.at_once else unit}
     inside = 2 * made.weight * of.inner  # gradients of what is inside a block, on their way
     block = activations(of, made, trained=True) * made.checkpointing + inside
     reached = of.blocks - made.trunk
     block, rest = block * passes.tokens, reached * stored(of, made) * passes.tokens
-    buffers = _buffers(of, made, made.unit(of) * (made.gradient + WIDE))
+    buffers = _buffers(of, made, (made.reduced or made.unit(of)) * (made.gradient + WIDE))
     found = {
         "at the head": early
         | {"activations": rest, "loss and head": head_bytes(of, made, passes.tokens)}
@@ -193,12 +195,29 @@ def _step(of: Shape, made: Choices, *, one: float, unit: float) -> dict[str, flo
     trained = made.trained(of)
     if made.held_on_host:
         return _step_alone(of, made)
-    wider = max(0.0, made.width - made.gradient) * trained / made.gradient_shards
-    largest = 2 * _largest(of, made)
-    temporaries = (trained if made.foreach else largest) * made.width / made.state_shards
+    if made.states_on_host:
+        return {"gradients": 0.0, "temporaries": 0.0}
+    own = trained / made.gradient_shards
+    own = min(own, made.stepped or own)
+    wider = made.width * own if made.apart else max(0.0, made.width - made.gradient) * own
+    copies = made.learners if made.stays else min(made.resident, made.gradients)
+    largest = 2 * made.largest(of) / made.state_shards
+    temporaries = (own if made.foreach or made.apart else largest) * made.width
     return {
-        "gradients": min(made.resident, made.gradients) * one + wider if made.at_once else unit,
+        "gradients": copies * one + wider if made.at_once else unit,
         "temporaries": temporaries if made.held else 0.0,
+    }
+
+
+def weights_of(of: Shape, made: Choices) -> dict[str, float]:
+    """Bytes of one device's share of all models, or their base, and of adapters on it."""
+    base = made.bases * of.total
+    if made.bases == 1 < made.resident and not made.rank:
+        base += (made.resident - 1) * made.forked(of)
+    adapters = made.learners * made.trained(of) * made.adapter * bool(made.rank)
+    return {
+        "base": base * made.weight / made.weight_shards,
+        "adapters": adapters / made.weight_shards,
     }
 
 
@@ -207,7 +226,7 @@ def _step_alone(of: Shape, made: Choices) -> dict[str, float]:
 
     Of the first step: later ones have drawn more blocks, of which both copies are away by then.
     """
-    largest = _largest(of, made)
+    largest = made.largest(of)
     base = of.total - dataclasses.replace(made, drawn=made.blocks).forked(of)
     return {
         "weights": (base + largest) * made.weight,
@@ -215,12 +234,6 @@ def _step_alone(of: Shape, made: Choices) -> dict[str, float]:
         "gradients": largest * max(made.width, made.gradient),
         "temporaries": (1 if made.foreach else 2) * largest * made.width * bool(made.held),
     }
-
-
-def _largest(of: Shape, made: Choices) -> int:
-    """Numbers of the largest parameter that trains."""
-    ends = [of.embedding] if {"embedding", "head"}.intersection(made.ends) else []
-    return max([*ends, *(a * b for a, b in of.linears if made.blocks)], default=0)
 
 
 def stored(of: Shape, made: Choices) -> float:
@@ -251,7 +264,8 @@ def activations(of: Shape, made: Choices, *, trained: bool) -> float:
         kept = 2 * WIDE * h + 2 * e * (queries + keys) + WIDE * of.heads + 3 * e * inner
         more = 4 * e * h + e * inner
     if made.rank:  # every adapter keeps its input and what is between its two matrices
-        more = made.adapter * sum(a + made.rank for a, _ in of.linears)
+        inputs = [a for a, _ in of.adapted(made.targets)]
+        more = made.adapter * sum(a + made.rank for a in inputs) / of.blocks
     return kept + more * (trained or bool(made.rank))
 
 
@@ -293,7 +307,7 @@ def pass_flops(of: Shape, made: Choices, passes: Passes) -> float:
         made.checkpointing * depth * (matrices + seen - last)
         + (passes.tokens > _chunk(of, made)) * head
     )
-    low_rank = (6 + 2 * made.checkpointing) * of.adapters(made.rank)
+    low_rank = (6 + 2 * made.checkpointing) * made.trained(of) * bool(made.rank)
     return forward + inputs + weights + again + low_rank
 
 
@@ -344,7 +358,8 @@ def _buffers(of: Shape, made: Choices, unreduced: float) -> dict[str, float]:
     if not made.gathers:
         return {}
     ends = 0 if made.ends_apart else of.embedding + of.head
-    return {"gathered": (2 * of.block + ends) * made.weight, "unreduced gradient": unreduced}
+    gathered = made.gathered or 2 * of.block + ends
+    return {"gathered": gathered * made.weight, "unreduced gradient": unreduced}
 
 
 def _head_trains(of: Shape, made: Choices) -> bool:
@@ -372,8 +387,15 @@ def _host(of: Shape, made: Choices, devices: int) -> dict[str, float]:
     found = {"model, whole in every process while it is loaded": devices * of.total * made.weight}
     if made.resident < made.learners:
         found["what is away from the device, pinned"] = made.learners * _pinned(of, made)
-    if made.weight_shards == 1:
+    if made.saved_whole:  # and in pieces of the writer once more
+        found["a checkpoint while it is written"] = 2 * _checkpoint(of, made)
+    elif made.weight_shards == 1:
         found["a checkpoint while it is written"] = _checkpoint(of, made)
+    if made.states_on_host:
+        own = made.held + made.masters + (made.gradient + made.width) * made.apart
+        found["states and gradients of both copies"] = made.learners * made.trained(of) * own
+    if made.weights_on_host:
+        found["weights"] = devices * sum(weights_of(of, made).values())
     return found | {"libraries": devices * LIBRARIES}
 
 
@@ -434,6 +456,13 @@ def _traffic(of: Shape, made: Choices, passes: Passes, work: Work) -> dict[str, 
         count = work.lower * passes.lower + work.upper * passes.upper
         return {
             "gathered weights": 2 * count * of.total * made.weight * share,
+            "reduced gradients": sweeps * gradients * share,
+        }
+    if made.gradient_shards > 1:  # ZeRO-2 gathers what has stepped
+        share = 1 - 1 / made.gradient_shards
+        stepped = made.learners * made.trained(of) * (made.adapter if made.rank else made.weight)
+        return {
+            "gathered weights": stepped * share,
             "reduced gradients": sweeps * gradients * share,
         }
     return {"reduced gradients": 2 * sweeps * gradients} if made.deferred else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -44,6 +45,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
 """Model types whose parameters and activations are known here."""
+
+
+_NAMES = {
+    "llama": (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    ),
+    "gpt_neox": (
+        ("attention.query_key_value", "attention.dense"),
+        ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    ),
+}
+"""Of the matrices of a block, in the order of `Shape.linears`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +136,43 @@ class Shape:
     def total(self) -> int:
         return self.blocks * self.block + self.embedding + self.head + self.norms
 
-    def adapters(self, rank: int) -> int:
-        """Numbers in low-rank adapters of that rank on every matrix of every block."""
-        return self.blocks * rank * sum(a + b for a, b in self.linears)
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of every linear layer by its name in the model of transformers."""
+        attention, inner = _NAMES["gpt_neox" if self.kind == "gpt_neox" else "llama"]
+        stack = "gpt_neox.layers" if self.kind == "gpt_neox" else "model.layers"
+        found = {
+            f"{stack}.{i}.{name}": size
+            for i in range(self.blocks)
+            for name, size in zip((*attention, *inner), self.linears, strict=True)
+        }
+        return found | {"lm_head": (self.width, self.vocabulary)}
+
+    def adapted(self, targets: Sequence[str] = ()) -> list[tuple[int, int]]:
+        """(in, out) of the linear layers with these names, or ends of names; all but the head
+        without any.
+
+        Raises:
+            InputError: If there is no such layer.
+        """
+        if not targets:
+            return self.blocks * self.linears
+        own = self.layers()
+
+        def fits(target: str, name: str) -> bool:
+            return name == target or name.endswith(f".{target}")
+
+        unknown = [t for t in targets if not any(fits(t, name) for name in own)]
+        if unknown:
+            ends = sorted({name.rpartition(".")[2] for name in own})
+            raise InputError(
+                f"memory.targets: {self.name} has no linear layer {', '.join(unknown)}; its "
+                f"linear layers are called {', '.join(ends)}."
+            )
+        return [size for name, size in own.items() if any(fits(t, name) for t in targets)]
+
+    def adapters(self, rank: int, targets: Sequence[str] = ()) -> int:
+        """Numbers in low-rank adapters of that rank, on the layers that `adapted` gives."""
+        return rank * sum(a + b for a, b in self.adapted(targets))
 
 
 def config(
