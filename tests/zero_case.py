@@ -10,13 +10,14 @@ from processes_case import llm
 from safetensors.torch import save_file
 from torch import nn
 
-from bilevel import LISA, Always, Full, LoRA, Problem, processes, solve
+from bilevel import LISA, Always, Full, LoRA, Problem, Single, processes, solve
 from bilevel.footprint import work
 from bilevel.problems.llm_reweight import LLMReweight, footprint
 from bilevel.problems.llm_reweight.choices import choices
 from bilevel.solve import start
 from bilevel.solvers.penalty import scalebio
 from bilevel.tree import Part, leaves, size_bytes
+from bilevel.variable import optimizer_by_name
 from bilevel.zero import DeepSpeed, whole_parameters
 
 STEPS = 10
@@ -38,6 +39,7 @@ MEMORIES = {
     "apart": LISA(gamma=1, period=4, share=False),  # the same numbers in more memory
     "lora": LoRA(rank=4),
     "often": LISA(gamma=1, period=1),
+    "top": LISA(gamma=1, period=4, pool=2, pool_from="top", embedding=False),
 }
 CASES = {
     "zero2": ({"stage": 2}, "full", "plain", 0),
@@ -50,6 +52,7 @@ CASES = {
     "zero3-lisa": ({"stage": 3}, "lisa", "plain", 0),
     "zero3-lisa-apart": ({"stage": 3}, "apart", "plain", 3),
     "zero3-lisa-inner": ({"stage": 3, "offload": True}, "lisa", "inner", 3),
+    "zero3-lisa-top": ({"stage": 3}, "top", "plain", 3),
     "zero3-lisa-often": ({"stage": 3}, "often", "plain", 0),
     "zero2-lora": ({"stage": 2}, "lora", "plain", 0),
     "zero2-lora-offload": ({"stage": 2, "offload": True}, "lora", "plain", 3),
@@ -152,6 +155,45 @@ def run(folder, launcher, memory, solver, micro_batch, **options):
 BYTES = ("value", "gradient", "optimizer")
 
 
+def regression(launcher, count=1, rank=0):
+    """A network of odd sizes after three steps on shares of eight rows, and what would be saved."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+    rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))[rank::count]
+    make = optimizer_by_name("adamw", 0.1)
+    y = launcher.variable("y", module, make, switches=True)
+    for _ in range(3):
+        for part in rows.split(2):
+            found = y.value(part[:, :3]).squeeze(-1) - part[:, 3]
+            launcher.backward(found.square().sum() / 8)
+        launcher.step([y])
+    return y
+
+
+def odd(folder):
+    """Sizes that two processes cannot share evenly, in memory that is full of what is no number."""
+    plain = regression(Single()).state_dict()
+    launcher = DeepSpeed(stage=3)
+    launcher.open()
+    torch.use_deterministic_algorithms(True)  # and what is not initialized is not finite
+    try:
+        y = regression(launcher, processes.count(), processes.rank())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    finite = all(bool(t.isfinite().all()) for held in y.tensors().values() for t in held)
+    saved = y.state_dict()
+    if launcher.is_main:
+        state = saved["optimizer"]["state"]
+        found = {f"value {n}": t for n, t in saved["value"].items()}
+        found |= {f"{i} {k}": t for i, own in state.items() for k, t in own.items()}
+        expected = {f"value {n}": t.clone() for n, t in plain["value"].items()}
+        state = plain["optimizer"]["state"]
+        expected |= {f"{i} {k}": t for i, own in state.items() for k, t in own.items()}
+        save_file(expected, folder / "odd-expected.safetensors")
+        save_file({k: t.contiguous() for k, t in found.items()}, folder / "odd.safetensors")
+    (folder / f"odd-{processes.rank()}.txt").write_text(str(finite))
+
+
 SAVED = {  # by whom
     "kept-2": ({"stage": 2}, "full"),
     "kept-3": ({"stage": 3}, "full"),
@@ -235,6 +277,7 @@ def main(folder: Path) -> None:
             if launcher.is_main:
                 save_file(found, folder / f"branches-{stage}-{offload}.safetensors")
                 (folder / f"broken-{stage}-{offload}.txt").write_text(result.message)
+    odd(folder)
     stop_and_resume(folder)
     for name, (options, memory, solver, micro_batch) in CASES.items():
         if "config" in options:
