@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -17,16 +16,16 @@ from torch import Tensor, nn
 from bilevel import processes
 from bilevel.blocks import units
 from bilevel.errors import InputError
-from bilevel.launch import Launcher
 from bilevel.memory import Memory
 from bilevel.problem import Problem
+from bilevel.together import Together, engine_faults, option_faults, process_faults
 from bilevel.tree import Part, Value, digest, dtypes, leaves, norm, twin
 from bilevel.variable import OptimizerFactory, Variable
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-class _Engine(Launcher):
+class _Engine(Together):
     """Modules live in `fully_shard` groups on a mesh of processes; trees are replicated."""
 
     processes: int
@@ -112,28 +111,16 @@ class _Engine(Launcher):
         variable.copier = anew
         return variable
 
-    def parts(self, problem: Problem, batch: Any) -> Sequence[Any]:
-        own = batch
-        if self.world_size > 1:
-            own = problem.share(batch, processes.rank(), self.world_size)
-        return problem.split(own)
-
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         if loss.requires_grad:
             for module in self._sharded:
                 module.set_requires_gradient_sync(last or self.reduces, recurse=False)
             loss.backward()
 
-    def total(self, numbers: Sequence[float]) -> list[float]:
-        return processes.total(numbers)
-
     def gathered(self, variable: Variable) -> float:
         if isinstance(variable.value, nn.Module):
             return norm(variable.gradient())  # summed by the engine already
         return norm(processes.summed(variable.gradient()))
-
-    def told(self, text: str) -> str:
-        return processes.broadcast(text)
 
     def settle(self, variables: Sequence[Variable]) -> None:
         for variable in variables:
@@ -144,14 +131,6 @@ class _Engine(Launcher):
     def step(self, variables: Sequence[Variable]) -> None:
         for variable in variables:
             variable.step()
-
-    @property
-    def world_size(self) -> int:
-        return processes.count()
-
-    @property
-    def is_main(self) -> bool:
-        return processes.rank() == 0
 
     def prime(self, problem: Problem, x: Variable, copies: Sequence[Variable]) -> None:
         """Run each copy once with all of it trainable, if it is in half precision.
@@ -244,53 +223,6 @@ class DDP(_Engine):
 
         names = ("replicate", "shard")
         return init_device_mesh(device, (processes.count(), 1), mesh_dim_names=names)
-
-
-def engine_faults(name: str, *, order: int, parallel: bool, constrained: bool) -> list[str]:
-    """What no engine of several processes can do, as sentences about the launcher `name`."""
-    faults = []
-    if order > 1:
-        faults.append(
-            f"launcher={name} cannot run a solver that takes second derivatives, which do not "
-            "pass through sharded modules; use launcher=single, or a first-order solver such "
-            "as penalty."
-        )
-    elif not parallel:
-        faults.append(
-            f"launcher={name} needs a solver that gathers all gradients through its launcher; "
-            "use one of the penalty family, or launcher=single."
-        )
-    if constrained:
-        faults.append(f"launcher={name} cannot project a lower variable; use launcher=single.")
-    return faults
-
-
-def process_faults(problem: Problem, wanted: int) -> list[str]:
-    """Why the processes that were started are not those wanted, or cannot share out batches.
-
-    Args:
-        problem: Whose batches they are.
-        wanted: launcher.processes; 0 takes any number.
-    """
-    count = processes.expected()
-    faults = []
-    if wanted not in (0, count):
-        faults.append(
-            f"launcher.processes={wanted}, but {count} were started; start them with "
-            "torchrun --nproc-per-node (accelerate launch starts only one on a machine "
-            "without GPU)."
-        )
-    return faults + (problem.check_share(count) if count > 1 else [])
-
-
-def option_faults(processes: int, timeout: float) -> list[str]:
-    """What is wrong with the options of every launcher of several processes."""
-    faults = []
-    if processes < 0:
-        faults.append(f"launcher.processes must be non-negative, got {processes}.")
-    if not 0 < timeout < math.inf:
-        faults.append(f"launcher.timeout must be positive and finite, got {timeout}.")
-    return faults
 
 
 def _check_options(launcher: _Engine) -> None:

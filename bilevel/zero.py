@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from bilevel import processes, zero_config
 from bilevel.errors import InputError, NonFiniteError
-from bilevel.fsdp import blueprint, engine_faults, home, option_faults, process_faults
-from bilevel.launch import Launcher
+from bilevel.fsdp import blueprint, home
 from bilevel.memory import Full, Memory
 from bilevel.problem import Problem
+from bilevel.together import Together, engine_faults, option_faults, process_faults
 from bilevel.tree import Part, Value, digest, leaves, whole
 from bilevel.variable import OptimizerFactory, Variable
 from bilevel.zero_engine import Engine, Flat
@@ -34,7 +34,7 @@ DeepSpeed makes another one of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepSpeed(Launcher):
+class DeepSpeed(Together):
     """DeepSpeed's ZeRO: gradients and optimizer state sharded (2), and the parameters too (3).
 
     Started by torchrun, `accelerate launch` or `deepspeed`; one process without a starter. y and
@@ -190,24 +190,12 @@ class DeepSpeed(Launcher):
         variable.blueprint = empty
         return variable
 
-    def parts(self, problem: Problem, batch: Any) -> Sequence[Any]:
-        own = batch
-        if self.world_size > 1:
-            own = problem.share(batch, processes.rank(), self.world_size)
-        return problem.split(own)
-
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         if not loss.requires_grad:
             return
         if not self._called:
             raise RuntimeError("launcher=deepspeed: the loss must call the module y that it is of.")
         self._called.pop().backward(loss * self.world_size)  # DeepSpeed takes the mean
-
-    def total(self, numbers: Sequence[float]) -> list[float]:
-        return processes.total(numbers)
-
-    def told(self, text: str) -> str:
-        return processes.broadcast(text)
 
     def settle(self, variables: Sequence[Variable]) -> None:
         for variable in variables:
@@ -228,14 +216,6 @@ class DeepSpeed(Launcher):
         for variable in variables:
             if variable.holder is None:
                 variable.step()
-
-    @property
-    def world_size(self) -> int:
-        return processes.count()
-
-    @property
-    def is_main(self) -> bool:
-        return processes.rank() == 0
 
     def _config(self, value: nn.Module, *, switches: bool) -> dict[str, Any]:
         """What DeepSpeed gets.

@@ -15,6 +15,7 @@ ORDER = [
     ["trunk"],
     ["problem", "memory"],
     ["launch", "lora", "zero_config", "zero_package", "zero_engine", "zero_shards"],
+    ["together"],
     ["oracle", "solver", "checkpoint", "plugins", "fsdp", "zero"],
     ["descent", "staged", "check", "resolve", "batch", "footprint"],
     ["hypergradient"],
