@@ -184,7 +184,7 @@ class Harness:
         self._note(kind="script", peer=peer, **found)
 
     def _times(self, name: str, path: Path) -> None:
-        """Seconds of an outer step, all libraries in turn."""
+        """Seconds of an outer step, all libraries in turn; one after another where y is large."""
         repeats = min(3, self.repeats) if _large(name) else self.repeats
         rows = [(p, m, f) for p, methods in self.methods.items() for m, f in methods.items()]
         key = {"kind": "time", "task": name}
@@ -194,6 +194,15 @@ class Harness:
             if not self._faulty(name, p, m)
             and not self.records.has(**key, peer=p, method=m, repeat=repeats - 1)
         ]
+        together = [[row] for row in rows] if _large(name) else [rows]  # memory is for one
+        for part in together:
+            self._interleaved(name, path, part, repeats)
+        if rows:
+            print(f"{name}: timed {len(rows)} rows {repeats} times", flush=True)
+
+    def _interleaved(
+        self, name: str, path: Path, rows: list[tuple[str, str, str]], repeats: int
+    ) -> None:
         with contextlib.ExitStack() as stack:
             sessions, counts = {}, {}
             for peer, method, _ in rows:
@@ -205,14 +214,12 @@ class Harness:
                 counts[peer, method] = max(1, min(20, round(0.4 / spent)))
             for repeat in range(repeats):
                 for peer, method, family in rows:
-                    own = {**key, "peer": peer, "method": method, "repeat": repeat}
-                    if self.records.has(**own):
+                    own = {"kind": "time", "task": name, "peer": peer, "method": method}
+                    if self.records.has(**own, repeat=repeat):
                         continue
                     spent = sessions[peer, method].ask("step", count=counts[peer, method])
                     each = {k: spent[k] / spent["count"] for k in ("cpu", "wall")}
-                    self.records.add(**own, family=family, **each)
-        if rows:
-            print(f"{name}: timed {len(rows)} rows {repeats} times", flush=True)
+                    self.records.add(**own, repeat=repeat, family=family, **each)
 
     def _faulty(self, name: str, peer: str, method: str) -> bool:
         return any(
