@@ -144,7 +144,7 @@ class DeepSpeed(Together):
                 "launcher=deepspeed needs a lower variable that is an nn.Module, got "
                 f"{type(value).__name__}; use launcher=ddp or fsdp2."
             )
-        config = self._config(value, switches=switches)
+        config = self._config(value)
         empty = None if isinstance(value, Part) else blueprint(value)
         if config["zero_optimization"]["stage"] < 3 or not (switches or isinstance(value, Part)):
             if isinstance(value, Part):  # the base is nobody's, so nobody moves it
@@ -153,7 +153,7 @@ class DeepSpeed(Together):
                 cut_up(value, config)
             variable = self._flat(Variable(name, value, optimizer, project), config)
         else:
-            sharder = Sharder(config)
+            sharder = Sharder(config, apart=bool(shared))
             sharder.shard(own, shared)
             variable = self._sharded(name, value, optimizer, project, sharder)
         variable.blueprint = empty
@@ -217,7 +217,7 @@ class DeepSpeed(Together):
             if variable.holder is None:
                 variable.step()
 
-    def _config(self, value: nn.Module, *, switches: bool) -> dict[str, Any]:
+    def _config(self, value: nn.Module) -> dict[str, Any]:
         """What DeepSpeed gets.
 
         Raises:

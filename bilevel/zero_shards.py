@@ -30,9 +30,11 @@ class Sharder:
 
     Args:
         config: What DeepSpeed gets.
+        apart: Whether copies share units of modules, so that each is gathered by itself.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], *, apart: bool) -> None:
+        self.apart = apart
         zero = config["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
         self.config = config | {"zero_optimization": zero}  # what stays gathered would not move
         self.on_host = zero.get("offload_optimizer", {}).get("device") == "cpu"
@@ -50,7 +52,7 @@ class Sharder:
         known = {id(hooked.module) for hooked in self._hooked}
         for part in units(module) if shared else [module]:
             if id(part) not in known:
-                self._hooked.append(self._hook(part, alone=part is not module))
+                self._hooked.append(self._hook(part))
                 for p in leaves(part):
                     _clear_padding(p)
         _place_buffers(module)
@@ -104,19 +106,19 @@ class Sharder:
             stack[:] = [module for module in stack if module is not hooked.module]
         self._hooked.clear()
 
-    def _hook(self, module: nn.Module, *, alone: bool) -> Any:
+    def _hook(self, module: nn.Module) -> Any:
         """What an engine of stage 3 makes where it gets no optimizer.
 
-        A unit that stands alone is followed by its own backward pass, as far as it can see: looking
-        ahead, all units would stay gathered until then.
+        A unit by itself sees its own backward pass follow its forward pass: if it looked ahead, all
+        units would stay gathered in between.
         """
         return _offload().DeepSpeedZeRoOffload(
             module,
             timers=None,
             ds_config=self.config,
             overlap_comm=self._zero.overlap_comm,
-            prefetch_bucket_size=0 if alone else self._zero.prefetch_bucket_size,
-            max_reuse_distance=0 if alone else self._zero.max_reuse_distance,
+            prefetch_bucket_size=0 if self.apart else self._zero.prefetch_bucket_size,
+            max_reuse_distance=0 if self.apart else self._zero.max_reuse_distance,
             max_live_parameters=self._zero.max_live_parameters,
             param_persistence_threshold=0,
             offload_param_config=self._zero.offload_param,

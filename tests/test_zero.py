@@ -263,16 +263,17 @@ def test_a_block_is_gathered_only_while_it_is_used():
 
     def watch(state, record):
         if not hooks:
-            stack = list(state.variables["y"].value.model.layers)
-            for block in stack:
-                others = [other for other in stack if other is not block]
-                hooks.append(block.register_forward_hook(partial(note, others=others)))
+            models = [state.variables[name].value for name in "yz"]
+            own = dict.fromkeys(block for model in models for block in model.model.layers)
+            for part in [*own, *(model.lm_head for model in models)]:
+                others = [other for other in own if other is not part]
+                hooks.append(part.register_forward_hook(partial(note, others=others)))
 
     with closing(DeepSpeed(stage=3)) as launcher:
         options = {"launcher": launcher, "callbacks": [watch], "memory": LISA(gamma=1)}
         bilevel.solve(Untied(), scalebio(warmup=0), steps=4, **options)
-    # three steps with hooks: passes of y through three blocks, and of z through the two it borrows
-    assert len(free) == 3 * (3 * 3 + 2 * 2) and all(free)
+    assert len(hooks) == 6  # z has a block and a head of its own, and borrows two blocks
+    assert len(free) == 3 * (3 + 2) * 4 and all(free)  # steps, passes of y and z, hooks in a pass
 
 
 def test_processes_that_count_differently_are_refused(monkeypatch):
