@@ -33,7 +33,8 @@ def begin(
     twins: Sequence[str] = (),
 ) -> State:
     """A state with variables x and y, twins of y by name, streams, memory, and counts at zero."""
-    x0, y0 = problem.init(generator)
+    with memory.loading():
+        x0, y0 = problem.init(generator)
     y0 = memory.prepare(y0, ("y", *twins))
     lower = memory.optimizer(lower, generator)
     bounds = {

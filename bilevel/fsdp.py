@@ -18,7 +18,7 @@ from bilevel.blocks import units
 from bilevel.errors import InputError
 from bilevel.memory import Memory
 from bilevel.problem import Problem
-from bilevel.together import Together, engine_faults, option_faults, process_faults
+from bilevel.together import Together, engine_faults, four_bit_faults, option_faults, process_faults
 from bilevel.tree import Part, Value, digest, dtypes, leaves, norm, twin
 from bilevel.variable import OptimizerFactory, Variable
 
@@ -54,6 +54,7 @@ class _Engine(Together):
                 f"launcher={name} keeps all shards on the device, so memory.offload has no effect; "
                 "leave it out, or use launcher=single."
             )
+        faults += four_bit_faults(name, memory)
         return faults + engine_faults(name, order=order, parallel=parallel, constrained=constrained)
 
     def open(self) -> None:

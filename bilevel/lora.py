@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree  # private name, used by transformers 
 
 from bilevel.errors import InputError
 from bilevel.memory import Memory, MemoryState
+from bilevel.quantized import Quantization, missing, on_the_host, quantize
 from bilevel.tree import Part, Value, digest, whole
 from bilevel.variable import Variable
 
@@ -31,7 +33,8 @@ class LoRA(Memory):
         h = W h0 + alpha / rank * B A h0,    A [rank, in], B [out, rank], B = 0 at the start
 
     Every copy has its own A and B in every chosen layer; all start alike. They are float32 where
-    the base is in half precision.
+    the base is in half precision. With `quantization` the base holds the linear layers, but for the
+    head, in four bits, which changes its numbers.
 
     Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, equation 3.
     Deviations: adapters on all linear layers but the head rather than on those of attention; A
@@ -45,6 +48,9 @@ class LoRA(Memory):
     targets: tuple[str, ...] = ()
     """Linear layers that get adapters, by name or its end such as q_proj; all but the head without
     any."""
+    quantization: Quantization = "none"
+    """How linear layers of the base are held, but for the head: as they are, or in four bits, nf4
+    or fp4, of the package bitsandbytes (QLoRA)."""
 
     def __post_init__(self) -> None:
         faults = [
@@ -58,13 +64,16 @@ class LoRA(Memory):
     def check(
         self, *, constrained: bool, direct: Sequence[str], options: Mapping[str, Any]
     ) -> list[str]:
-        faults = _check_peft()
+        faults = _check_peft() + missing(self.quantization)
         if constrained:
             faults.append(
                 "memory=lora cannot project: the feasible set is one of whole matrices, of which "
                 "only a part of low rank moves; use memory=full."
             )
         return faults
+
+    def loading(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.quantization == "none" else on_the_host()
 
     def prepare(self, value: Value, names: Sequence[str]) -> Adapter:
         """Put an adapter for every name into a module, in place; the module is the base then.
@@ -78,6 +87,11 @@ class LoRA(Memory):
 
         targets = _targets(value, self.targets)
         identity = _identity(value)
+        if self.quantization != "none":
+            head = _head(value)
+            layers = {name: part for name, part in _linear(value).items() if part is not head}
+            quantize(value, layers, self.quantization)
+            identity = f"{identity} {self.quantization}"
         for name in names:
             config = LoraConfig(
                 r=self.rank,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -39,6 +40,10 @@ class Memory(ABC):
             options: The solver's options, by name.
         """
         return []
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Within it the problem makes the start of y."""
+        return nullcontext()
 
     def prepare(self, value: Value, names: Sequence[str]) -> Value:
         """The start of y as this strategy trains it, for copies of these names; y comes first."""

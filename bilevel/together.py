@@ -8,6 +8,7 @@ from typing import Any
 
 from bilevel import processes
 from bilevel.launch import Launcher
+from bilevel.memory import Memory
 from bilevel.problem import Problem
 
 
@@ -52,6 +53,16 @@ def engine_faults(name: str, *, order: int, parallel: bool, constrained: bool) -
     if constrained:
         faults.append(f"launcher={name} cannot project a lower variable; use launcher=single.")
     return faults
+
+
+def four_bit_faults(name: str, memory: Memory) -> list[str]:
+    """Why the launcher `name` cannot hold what a strategy quantizes."""
+    if getattr(memory, "quantization", "none") == "none":
+        return []
+    return [
+        f"launcher={name} shares out numbers, not layers of four bits; use launcher=single, or "
+        "leave memory.quantization out."
+    ]
 
 
 def process_faults(problem: Problem, wanted: int) -> list[str]:

@@ -18,7 +18,7 @@ from bilevel.errors import InputError, NonFiniteError
 from bilevel.fsdp import blueprint, home
 from bilevel.memory import Full, Memory
 from bilevel.problem import Problem
-from bilevel.together import Together, engine_faults, option_faults, process_faults
+from bilevel.together import Together, engine_faults, four_bit_faults, option_faults, process_faults
 from bilevel.tree import Part, Value, digest, leaves, whole
 from bilevel.variable import OptimizerFactory, Variable
 from bilevel.zero_engine import Engine, Flat
@@ -82,6 +82,7 @@ class DeepSpeed(Together):
         faults += engine_faults(
             "deepspeed", order=order, parallel=parallel, constrained=constrained
         )
+        faults += four_bit_faults("deepspeed", memory)
         if parallel and direct:
             faults.append(
                 "launcher=deepspeed keeps the numbers of y and its copies in engines, out of reach "

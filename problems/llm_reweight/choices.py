@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from bilevel import LISA, Full, InputError, Launcher, Memory
+from bilevel import LISA, Full, InputError, Launcher, Memory, quantized
 from bilevel.footprint import Work
 from bilevel.lora import LoRA
 from bilevel.problems.llm_reweight.launching import WIDE, launched
@@ -32,6 +32,8 @@ class Choices:
 
     weight: float = 2.0
     """Of a weight of the model."""
+    matrix: float = 0.0
+    """Of a number of the blocks' matrices, where these are quantized; 0: as all others."""
     bases: int = 2
     """Whole models on the device: one for each copy of y, or one frozen base."""
     learners: int = 2
@@ -116,6 +118,13 @@ class Choices:
         if self.rank:
             return of.adapters(self.rank, self.targets)
         return self.blocks * of.block + sum(getattr(of, part) for part in self.ends)
+
+    def model(self, of: Shape) -> float:
+        """Bytes of the weights of one model."""
+        if not self.matrix:
+            return of.total * self.weight
+        four = of.blocks * sum(a * b for a, b in of.linears if a % quantized.BLOCK == 0)
+        return (of.total - four) * self.weight + four * self.matrix
 
     def forked(self, of: Shape) -> int:
         """Numbers of which every twin has its own on one shared base."""
@@ -204,10 +213,15 @@ def choices(
             faults += error.faults
         base |= {"blocks": 0, "ends": (), "rank": memory.rank, "bases": 1, "gradient": WIDE}
         base |= {"targets": memory.targets}
+        if memory.quantization != "none":
+            base |= {"matrix": quantized.BYTES}
     else:
         faults.append(f"memory={type(memory).__name__.lower()} cannot be planned yet.")
     offloads = isinstance(memory, LISA) and memory.offload != "none"
-    if offloads and type(launcher).__name__ != "Single":
+    single = type(launcher).__name__ == "Single"
+    if isinstance(memory, LoRA) and memory.quantization != "none" and not single:
+        faults.append("memory.quantization needs launcher=single; leave one of them out.")
+    if offloads and not single:
         faults.append("memory.offload needs launcher=single; leave one of them out.")
     made = Choices(**base)
     try:

@@ -160,6 +160,8 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
         "master copies and optimizer": states + made.learners * kept / made.state_shards,
         made.around[0]: made.around[1],
     }
+    if made.matrix:
+        fixed["one matrix, not quantized"] = max(a * b for a, b in of.linears) * made.weight
     if made.once:
         several = passes.tokens * (passes.lower + passes.upper)
         fixed["output of the trunk"] = several * of.width * made.weight
@@ -211,12 +213,12 @@ def _step(of: Shape, made: Choices, *, one: float, unit: float) -> dict[str, flo
 
 def weights_of(of: Shape, made: Choices) -> dict[str, float]:
     """Bytes of one device's share of all models, or their base, and of adapters on it."""
-    base = made.bases * of.total
+    base = made.bases * made.model(of)
     if made.bases == 1 < made.resident and not made.rank:
-        base += (made.resident - 1) * made.forked(of)
+        base += (made.resident - 1) * made.forked(of) * made.weight
     adapters = made.learners * made.trained(of) * made.adapter * bool(made.rank)
     return {
-        "base": base * made.weight / made.weight_shards,
+        "base": base / made.weight_shards,
         "adapters": adapters / made.weight_shards,
     }
 
@@ -496,4 +498,4 @@ def _remedies(problem: LLMReweight, passes: Passes) -> tuple[tuple[str, ...], ..
     found += [("memory=lisa", f"memory.gamma={gamma}") for gamma in (2, 1)]
     found.append(("memory=lisa", "memory.gamma=1", "memory.pool=8"))
     found += [(*found[-1], f"memory.offload={way}") for way in ("idle", "states")]
-    return (*found, ("memory=lora",))
+    return (*found, ("memory=lora",), ("memory=lora", "memory.quantization=nf4"))

@@ -33,6 +33,7 @@ from bilevel.problems.llm_reweight.tokens import (
     every,
     tokenize,
 )
+from bilevel.quantized import stays_on_the_host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +297,7 @@ class LLMReweight(Problem):
             by_engine: Whether it stays on the CPU, for an engine to move its shards.
         """
         size = len(self.tokenizer)
-        placement = replace(self.placement, by_engine=by_engine)
+        placement = replace(self.placement, by_engine=by_engine or stays_on_the_host())
         if self.model == "tiny":
             shape = {"layers": self.layers, "width": self.width}
             model = model_module.tiny_model(size, **shape, seed=seed, placement=placement)

@@ -75,8 +75,11 @@ def fit(
 
 def fresh(problem: LLMReweight, model_seed: int, *, like: Any = None, seed: int = 0) -> nn.Module:
     """A model as every training starts from it, or an adapter like `like` on such a model."""
-    model = problem.fresh_model(model_seed)
-    return like.renewed(model, seed=seed) if isinstance(like, Adapter) else model
+    if not isinstance(like, Adapter):
+        return problem.fresh_model(model_seed)
+    with like.options.loading():
+        base = problem.fresh_model(model_seed)
+    return like.renewed(base, seed=seed)
 
 
 def adamw(problem: LLMReweight, model: nn.Module) -> torch.optim.Optimizer:
