@@ -62,7 +62,7 @@ def measure(seed: int, options: argparse.Namespace) -> dict[str, Any]:
         ("learned", x, options.steps),
     ):
         model = example_weights.train(problem, logits, steps=steps, seed=seed)
-        losses[name] = evaluate(model, problem.test_rows)
+        losses[name] = evaluate(model, problem.targets[0].test)
         if name != "learned":
             row[name] = auroc(example_weights.plain_losses(problem, model), bad)
     weights = problem.members.weights(x)

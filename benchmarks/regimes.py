@@ -138,7 +138,7 @@ def bilevel_weights(bench: Bench, steps: int, **options: Any) -> Any:
 
 def gradient_cosines(lab: Lab, model: torch.nn.Module) -> list[float]:
     """cos(grad l_s, grad l_target) for each source."""
-    target = lab.gradient(model, lab.problem.target_rows, 2 * GRADIENT)
+    target = lab.target_gradient(model, 2 * GRADIENT)
     sources = [lab.gradient(model, rows, GRADIENT) for rows in lab.problem.rows]
     return [float(dot(g, target)) / max(norm(g) * norm(target), 1e-300) for g in sources]
 

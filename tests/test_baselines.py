@@ -142,12 +142,12 @@ def test_influence_is_the_first_order_change_of_the_target_loss(problem):
     shown = dict(part.rsplit(" ", 1) for part in found.note.removeprefix("inner: ").split(", "))
     again = Lab(problem=problem, budget=BUDGET)
     model = again.train(again.uniform, steps=again.steps(0.75 * BUDGET)).double()
-    target = sum(map(len, problem.target_rows.ids)) / len(problem.target_rows)
+    target = sum(map(len, problem.targets[0].rows.ids)) / len(problem.targets[0].rows)
     count = int(0.25 * BUDGET / (sum(again.lengths) + 3**0.5 * target))
     parameters = list(model.parameters())
 
     def target_loss():
-        parts = list(again.rows(problem.target_rows, math.ceil(3**0.5 * count)))
+        parts = list(again.rows(problem.targets[0].rows, math.ceil(3**0.5 * count)))
         with torch.no_grad():
             return sum((b.share * model_losses(model, b)).sum() for b in parts)
 
@@ -199,7 +199,7 @@ def test_fed_back_influence_trains_on_the_weights_it_found(problem, monkeypatch)
         assert draw == len(models) - 1  # other rows in every round
         more = math.ceil(3**0.5 * count)
         target = torch.cat(
-            [g.flatten() for g in lab.gradient(model, problem.target_rows, more, draw)]
+            [g.flatten() for g in lab.gradient(model, problem.targets[0].rows, more, draw)]
         )
         own = [
             torch.cat([g.flatten() for g in lab.gradient(model, rows, count, draw)])
@@ -266,7 +266,7 @@ def test_the_cost_of_a_learned_search_is_that_of_its_gradients(problem):
     """Ten steps of ScaleBiO: twenty gradients on 6 training rows, ten on 3 target rows."""
     lab = Lab(problem=problem, budget=BUDGET)
     each = sum(lab.lengths) / 3
-    target = sum(map(len, problem.target_rows.ids)) / len(problem.target_rows)
+    target = sum(map(len, problem.targets[0].rows.ids)) / len(problem.targets[0].rows)
     cost = search_tokens(problem, {"upper_grad": 10, "lower_grad": 20, "sweeps": 20})
     assert cost == pytest.approx(20 * 6 * each + 10 * 3 * target)
     assert search_tokens(problem, {"hvp": 1}) == pytest.approx(2 * 6 * each)
@@ -437,7 +437,7 @@ def test_scores_of_rows_are_sums_of_cosines_over_checkpoints(problem):
         def flat(tensors):
             return torch.cat([t.flatten() for t in tensors])
 
-        target = matrix @ torch.stack([flat(g) for g in gradients(problem.target_rows)]).mean(0)
+        target = matrix @ torch.stack([flat(g) for g in gradients(problem.targets[0].rows)]).mean(0)
         for i, row in enumerate(gradients(problem.rows[0])):
             own = matrix @ flat([update(p, g) for p, g in zip(moving, row, strict=True)])
             cosine = torch.nn.functional.cosine_similarity(own, target, dim=0)
@@ -553,7 +553,7 @@ def test_doremi_sees_no_target_and_follows_the_sources_that_lag(problem, monkeyp
     def never(*arguments):
         raise AssertionError("DoReMi looked at the target")
 
-    monkeypatch.setattr(type(problem), "target_rows", property(never))
+    monkeypatch.setattr(type(problem), "targets", property(never))
 
     def gaps(lab, losses, reference, batch):
         return torch.tensor([-1.0, 0.0, 0.5]).double()[batch.source]
@@ -595,12 +595,12 @@ def test_a_trial_is_a_training_and_the_target_loss(problem):
     loss = lab.trial(lab.uniform, 9_000.0)
     assert lab.tokens == pytest.approx(9_000, rel=0.1)
     again = Lab(problem=problem, budget=BUDGET)
-    count = min(len(problem.target_rows), int(9_000 / 7 * 3 / 24.5))
-    rows = sum(map(len, problem.target_rows.ids)) / len(problem.target_rows)
-    count = min(len(problem.target_rows), int(9_000 / 7 / (rows / 3)))
+    count = min(len(problem.targets[0].rows), int(9_000 / 7 * 3 / 24.5))
+    rows = sum(map(len, problem.targets[0].rows.ids)) / len(problem.targets[0].rows)
+    count = min(len(problem.targets[0].rows), int(9_000 / 7 / (rows / 3)))
     model = again.train(again.uniform, steps=again.steps(9_000 - count * rows / 3))
-    assert count == len(problem.target_rows)  # so that evaluate takes the same rows
-    assert loss == pytest.approx(training.evaluate(model, problem.target_rows), abs=1e-6)
+    assert count == len(problem.targets[0].rows)  # so that evaluate takes the same rows
+    assert loss == pytest.approx(training.evaluate(model, problem.targets[0].rows), abs=1e-6)
 
 
 def test_the_parzen_estimator_needs_optuna(problem):

@@ -67,8 +67,8 @@ def test_the_demonstration_can_be_exported(tmp_path, monkeypatch):
     texts = {name: [f"{name}\nanswer {i}" for i in range(9)] for name in ("docs", "code")}
     small = data.Data(
         sources={name: data.text_source(name, found) for name, found in texts.items()},
-        target=data.text_source("target", ["a"]),
-        test=data.text_source("test", ["b"]),
+        targets={"target": data.text_source("target", ["a"])},
+        tests={"target": data.text_source("test", ["b"])},
     )
     monkeypatch.setattr(originals, "_demonstration", lambda: small)
     sources = [

@@ -240,7 +240,8 @@ def test_a_run_resumes_bit_for_bit(files, tmp_path):
     """Nine steps are the same as five, a checkpoint and four more; all of the files are indexed."""
     task = given(files)
     lines = task.prepare()
-    assert all(isinstance(s.examples, Lines) for s in (task.data.target, task.data.test))
+    held = (task.data.targets["target"], task.data.tests["target"])
+    assert all(isinstance(s.examples, Lines) for s in held)
     assert any(line.startswith("one: ") and "read as they are drawn" in line for line in lines)
     assert any("source one: text, 230 records" in line and "about" in line for line in lines)
     solver = scalebio(warmup=1)

@@ -51,13 +51,13 @@ def test_small_files_are_counted_whole(tmp_path):
     found = survey(own)
     assert [c.name for c in found.sources] == ["a", "b"] and not found.notes
     for counted, rows in zip(
-        (*found.sources, found.target), [*own.rows, own.target_rows], strict=True
+        (*found.sources, *found.targets), [*own.rows, own.targets[0].rows], strict=True
     ):
         assert (counted.rows, counted.tokens, counted.read) == (len(rows), rows.trained_tokens, 1)
     assert [c.records for c in found.sources] == [60, 90] and found.longest == 24
     cells = table(found, own, 100)
     assert cells[1]["epochs"] == pytest.approx(4 * 100 / len(own.rows[1]))
-    assert cells[2]["epochs"] == pytest.approx(3 * 100 / len(own.target_rows))
+    assert cells[2]["epochs"] == pytest.approx(3 * 100 / len(own.targets[0].rows))
     assert survey(LLMReweight()) is None
 
 

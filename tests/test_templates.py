@@ -290,7 +290,7 @@ def test_a_problem_of_records_in_memory_writes_them_as_told():
     assert "source a: prompt_completion, 32 records" in lines[1]
     assert task.tokenizer.decode(task.rows[0].ids[1]) == "wave tide?tide wave.<end>"
     end = "<|im_start|>assistant\nwave<|im_end|>\n"
-    assert task.tokenizer.decode(task.target_rows.ids[0]).endswith(end)
+    assert task.tokenizer.decode(task.targets[0].rows.ids[0]).endswith(end)
     task = from_records(given, target, **options(template="plain", train_on_prompt=True))
     assert "source a: prompt_completion written with plain, 32 records" in task.prepare()[1]
     assert task.tokenizer.decode(task.rows[0].ids[1]) == "wave tide?\ntide wave.<end>\n"

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from bilevel import InputError
-from bilevel.problems.llm_reweight import exports, model, weighting
+from bilevel.problems.llm_reweight import exports, model, targets, weighting
 
 if TYPE_CHECKING:
     from bilevel.problems.llm_reweight.problem import LLMReweight
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def option_faults(problem: LLMReweight) -> list[str]:
     """Everything that is wrong with the options and with the files they name."""
     faults = out_of_range(problem) + exports.unknown(problem.export)
-    faults += weighting.options_faults(problem)
+    faults += weighting.options_faults(problem) + targets.option_faults(problem)
     try:
         problem.placement  # noqa: B018, read for what it raises
     except InputError as error:
@@ -45,7 +45,7 @@ def option_faults(problem: LLMReweight) -> list[str]:
                 problem.weighting  # noqa: B018, read for what it raises
         except InputError as error:
             faults += error.faults
-    return faults
+    return list(dict.fromkeys(faults))
 
 
 def out_of_range(problem: LLMReweight) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilevel import InputError
 from bilevel.problems.llm_reweight import embedded
+from bilevel.problems.llm_reweight import targets as targets_module
 from bilevel.problems.llm_reweight.examples import Example, Source
 from bilevel.problems.llm_reweight.formats import FIELDS, Reading
 from bilevel.problems.llm_reweight.indexed import Lines
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The sources in the order of their weights, the target, the test set, and words about them."""
+    """The sources in the order of their weights, targets, test sets, and words about them."""
 
     sources: dict[str, Source]
-    target: Source
-    test: Source
+    targets: dict[str, Source]
+    tests: dict[str, Source]
+    """By the names of the targets."""
     notes: tuple[str, ...] = ()
     relevant: tuple[str, ...] = ()
     """Sources known to be the right ones: those of the embedded demonstration."""
@@ -56,24 +58,23 @@ def read(options: LLMReweight) -> Data:
             f"expected at least two sources to weigh, got {len(paths)}: {[*paths]}; "
             "problem.weigh=examples weighs the examples of one."
         )
-    clash = {"target", "test"} & paths.keys()
+    given = targets_module.named(options.target)
+    own_tests = targets_module.tests(options.test, [*given])
+    clash = {"target", "test", *given} & paths.keys()
     if clash:
         raise InputError(f"a source may not be called {clash.pop()!r}; rename it: name=path.")
-    paths["target"] = options.target
-    paths |= {"test": options.test} if options.test else {}
+    names = list(paths)
+    paths |= given
+    paths |= {targets_module.test_name(name, [*given]): test for name, test in own_tests.items()}
     columns = _columns(options.columns, paths)
     found = read_sources(paths, {name: _reading(options, columns[name]) for name in paths})
     _check_columns(options.columns, found)
     notes = [line for source in found.values() for line in _left_out(source)]
-    target = found.pop("target")
-    test = found.pop("test", None)
-    held = [target] if test is None else [target, test]
-    notes += _large(list(found.values()), held)
-    notes += _check_overlap(found, held, allowed=options.allow_overlap)
-    if test is None:
-        target, test = _hold_out(target)
-        notes.append("no problem.test: every fourth target record is held out as test")
-    return Data(sources=found, target=target, test=test, notes=tuple(notes))
+    sources = {name: found.pop(name) for name in names}
+    notes += _large(list(sources.values()), list(found.values()))
+    notes += _check_overlap(sources, list(found.values()), allowed=options.allow_overlap)
+    targets, tests, more = _held_out(found, [*given])
+    return Data(sources=sources, targets=targets, tests=tests, notes=(*notes, *more))
 
 
 def embedded_data() -> Data:
@@ -83,8 +84,8 @@ def embedded_data() -> Data:
     head = "embedded demonstration: text that comes with Python; target: docstrings of held-out "
     return Data(
         sources=sources,
-        target=text_source("target", corpus.target),
-        test=text_source("test", corpus.test),
+        targets={"target": text_source("target", corpus.target)},
+        tests={"target": text_source("test", corpus.test)},
         notes=(head + "modules", *corpus.notes),
         relevant=corpus.relevant,
     )
@@ -108,7 +109,7 @@ def text_source(name: str, texts: Sequence[str]) -> Source:
 
 def reading(options: LLMReweight, name: str) -> Reading:
     """How the records of a source are taken."""
-    columns = _columns(options.columns, [*_named(options.sources), "target", "test"])
+    columns = _columns(options.columns, [*_named(options.sources), *_held(options)])
     return _reading(options, columns.get(name, ()))
 
 
@@ -210,11 +211,45 @@ def _large(sources: Sequence[Source], held: Sequence[Source]) -> list[str]:
     ]
 
 
-def _hold_out(target: Source) -> tuple[Source, Source]:
+def _held(options: LLMReweight) -> list[str]:
+    """The names of all targets and of their test sets."""
+    names = list(targets_module.named(options.target))
+    return [*names, *(targets_module.test_name(name, names) for name in names)]
+
+
+def _held_out(
+    found: Mapping[str, Source], names: Sequence[str]
+) -> tuple[dict[str, Source], dict[str, Source], list[str]]:
+    """The targets of these names, their test sets, cut off where there are none, and a note.
+
+    Raises:
+        InputError: For every target that is too small to be cut.
+    """
+    targets, tests, faults = {}, {}, []
+    cut = []
+    for name in names:
+        test = targets_module.test_name(name, names)
+        targets[name] = found[name]
+        if test in found:
+            tests[name] = found[test]
+            continue
+        cut.append(name)
+        try:
+            targets[name], tests[name] = _hold_out(found[name], test)
+        except InputError as error:
+            faults += error.faults
+    if faults:
+        raise InputError(faults)
+    of = f" of {', '.join(cut)}" if len(names) > 1 else ""
+    words = f"no problem.test: every fourth target record{of} is held out as test"
+    return targets, tests, [words] if cut else []
+
+
+def _hold_out(target: Source, name: str) -> tuple[Source, Source]:
     from dataclasses import replace
 
     if isinstance(target.examples, Lines):
-        test = replace(target, name="test", examples=target.examples.part(3, 4))
+        test = replace(target, name=name, examples=target.examples.part(3, 4))
         return replace(target, examples=target.examples.without(3, 4)), test
     test = tuple(e for i, e in enumerate(target.examples) if i % 4 == 3)
     rest = tuple(e for i, e in enumerate(target.examples) if i % 4 != 3)
@@ -223,7 +258,7 @@ def _hold_out(target: Source) -> tuple[Source, Source]:
             f"{target.path}: expected at least 4 target records to hold out a test set, got "
             f"{len(target.examples)}; fix: add records or give problem.test."
         )
-    return replace(target, examples=rest), replace(target, name="test", examples=test)
+    return replace(target, examples=rest), replace(target, name=name, examples=test)
 
 
 def _check_overlap(

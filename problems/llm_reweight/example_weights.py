@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.checkpoint import replace_text
-from bilevel.problems.llm_reweight import verdict
+from bilevel.problems.llm_reweight import by_target, verdict
+from bilevel.problems.llm_reweight.journal import Journal
 from bilevel.problems.llm_reweight.per_example import Members, Pooled
 from bilevel.problems.llm_reweight.problem import LLMReweight, example_words
 from bilevel.problems.llm_reweight.tokens import collate
-from bilevel.problems.llm_reweight.training import adamw, evaluate, fresh
+from bilevel.problems.llm_reweight.training import adamw, fresh
 
 ROWS = 64
 """Rows of a forward pass that measures losses."""
@@ -41,7 +42,8 @@ def finish(problem: LLMReweight, result: Any, out: Path) -> dict[str, Any] | Non
     )
     losses, plain = judge(problem, x, like=result.y)
     write(problem, x, out, losses=plain)
-    return verdict.judged(problem, losses)
+    before = by_target.untrained(problem, Journal(), like=result.y)
+    return verdict.judged(problem, losses, before=before)
 
 
 def sentence(result: Any) -> str:
@@ -149,20 +151,20 @@ def plain_losses(problem: LLMReweight, model: nn.Module) -> Tensor:
 
 def judge(
     problem: LLMReweight, x: Tensor, *, like: Any = None
-) -> tuple[dict[str, list[float]], Tensor]:
+) -> tuple[dict[str, list[by_target.Losses]], Tensor]:
     """Test losses of models trained with the learned weights and with even ones, on paired seeds.
 
     Returns:
-        The losses by mixture ("learned", "uniform") and seed, and [records] the plain loss of each
-        under the first model trained on all rows alike.
+        The losses by mixture ("learned", "uniform"), seed and target, and [records] the plain loss
+        of each under the first model trained on all rows alike.
     """
     even = torch.zeros_like(x)
-    losses: dict[str, list[float]] = {"learned": [], "uniform": []}
+    losses: dict[str, list[by_target.Losses]] = {"learned": [], "uniform": []}
     plain = None
     for seed in range(problem.verdict_seeds):
         for name, drawn in (("learned", x), ("uniform", even)):
             model = train(problem, drawn, steps=problem.verdict_steps, seed=seed, like=like)
-            losses[name].append(evaluate(model, problem.test_rows))
+            losses[name].append(by_target.evaluated(problem, model))
             if plain is None and name == "uniform":
                 plain = plain_losses(problem, model)
     assert plain is not None

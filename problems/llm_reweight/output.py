@@ -17,7 +17,14 @@ import yaml
 
 from bilevel import InputError
 from bilevel.checkpoint import replace_text
-from bilevel.problems.llm_reweight import data, example_weights, spread, verdict, weighting
+from bilevel.problems.llm_reweight import (
+    by_target,
+    data,
+    example_weights,
+    spread,
+    verdict,
+    weighting,
+)
 from bilevel.problems.llm_reweight.examples import Source
 from bilevel.problems.llm_reweight.exports.shares import REPEATED
 from bilevel.problems.llm_reweight.indexed import Lines
@@ -88,17 +95,19 @@ def describe(problem: LLMReweight, result: Any, out: Path) -> dict[str, Any]:
     done = result.status.name not in ("RUNNING", "STOPPED") and result.success
     converged = done and drift <= spread.SETTLED
     entropy = -sum(w * math.log(w) for w in weights.values() if w > 0)
+    held = problem.data.targets.values()
     hint = "" if problem.weigh == "examples" else hardly_moved(weights, result.nit)
     return {
         "schema": SCHEMA,
         "status": result.status.name,
-        "objective": "mean loss per example on the target",
+        "objective": _objective(problem),
         "unit": "example-mean",
         "target": {
-            "files": [_whole_path(problem.data.target.path)],
-            "records": len(problem.data.target.examples),
+            "files": [_whole_path(target.path) for target in held],
+            "records": sum(len(target.examples) for target in held),
             "loss": {"uniform": None, "learned": None},
         },
+        **({"targets": _targets(problem, repeats)} if len(held) > 1 else {}),
         "sources": sources,
         "entropy": entropy,
         "effective_sources": math.exp(entropy),
@@ -134,17 +143,32 @@ def write_weights(body: dict[str, Any], out: Path) -> None:
 
 
 def write_table(result: Any, out: Path) -> None:
-    """trajectory.csv: a row for each seed and step with both losses and the weights."""
+    """trajectory.csv: a row for each seed and step with losses and weights."""
     table = io.StringIO()
     writer = csv.writer(table)
     repeats = [one for one in result.repeats or (result,) if one.history]
     names = list(repeats[0].history[0]["weights"])
-    writer.writerow(["seed", "step", "upper", "lower", *(f"weight {name}" for name in names)])
+    targets = list(repeats[0].history[0].get("targets", {}))
+    heads = [*(f"weight {name}" for name in names), *(f"target {name}" for name in targets)]
+    writer.writerow(["seed", "step", "upper", "lower", *heads])
     for one in repeats:
         for row in one.history:
             shares = [row["weights"][name] for name in names]
+            shares += [row["targets"][name] for name in targets]
             writer.writerow([one.seed, row["step"], row["upper"], row["lower"], *shares])
     replace_text(out / "trajectory.csv", table.getvalue())
+
+
+def _objective(problem: LLMReweight) -> str:
+    if len(problem.target_weights) == 1:
+        return "mean loss per example on the target"
+    terms = (f"{weight:.4g} on {name}" for name, weight in problem.target_weights.items())
+    return f"sum of mean losses per example: {', '.join(terms)}"
+
+
+def _targets(problem: LLMReweight, repeats: Sequence[Any]) -> list[dict[str, Any]]:
+    found = by_target.described(problem, [one.history for one in repeats])
+    return [{**target, "path": _whole_path(target["path"])} for target in found]
 
 
 def _export(problem: LLMReweight, out: Path) -> list[str]:
@@ -175,6 +199,8 @@ def _judge(problem: LLMReweight, body: dict[str, Any], result: Any, out: Path) -
         for name in ("uniform", "learned"):
             losses = judged["losses"][name]
             body["target"]["loss"][name] = sum(losses) / len(losses)
+        if "targets" in body:
+            body["targets"] = by_target.filled(body["targets"], judged["targets"])
         write_weights(body, out)
         lines += judged["sentences"]
     if problem.transfer:

@@ -20,8 +20,10 @@ from bilevel.problems.llm_reweight import exports as exports_module
 from bilevel.problems.llm_reweight import model as model_module
 from bilevel.problems.llm_reweight import per_example as per_example_module
 from bilevel.problems.llm_reweight import placement as placement_module
+from bilevel.problems.llm_reweight import targets as targets_module
 from bilevel.problems.llm_reweight import templates as templates_module
 from bilevel.problems.llm_reweight import weighting as weighting_module
+from bilevel.problems.llm_reweight.examples import Source
 from bilevel.problems.llm_reweight.ledger import Ledger
 from bilevel.problems.llm_reweight.losses import is_direct
 from bilevel.problems.llm_reweight.tokens import (
@@ -35,12 +37,16 @@ from bilevel.problems.llm_reweight.tokens import (
 )
 from bilevel.quantized import stays_on_the_host
 
+MOST_SHOWN = 4
+"""Targets in the progress line, at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LLMReweight(Problem):
     """g = sum_s softmax(x)_s l_s(y) over the sources, f = l_target(y), l = mean loss per example.
 
-    x are the logits of the source weights, in float64 so that differences of nearly equal losses
+    Of several targets l_target is the sum of their losses by their weights, `targets.Target`. x are
+    the logits of the source weights, in float64 so that differences of nearly equal losses
     keep their digits; y is a causal language model. `weighting.Weighting` has what groups, bounds
     and a prior make of x, `per_example.Members` what one weight for each example is.
 
@@ -55,10 +61,13 @@ class LLMReweight(Problem):
     sources: tuple[str, ...] | Mapping = ()
     """Files of training data, as 'name=path' or 'path'; none means the embedded demonstration. From
     Python also a mapping of names to records, see `from_records`."""
-    target: str | Sequence = ""
-    """File of examples of what the model should become good at."""
-    test: str | Sequence = ""
-    """File to measure the verdict on; without it a quarter of the target is held out."""
+    target: str | tuple[str, ...] | Mapping | Sequence = ""
+    """File of examples of what the model should become good at; or several, as 'name=path'."""
+    target_weight: tuple[str, ...] = ()
+    """How much each of several targets counts, as 'math=2 code=1'; 1 for those not named."""
+    test: str | tuple[str, ...] | Mapping | Sequence = ""
+    """File to measure the verdict on; without it a quarter of the target is held out. For several
+    targets 'name=path', with their names."""
     model: str = "tiny"
     """'tiny' (made here), a local folder, or a hub name."""
     layers: int = 2
@@ -70,7 +79,7 @@ class LLMReweight(Problem):
     batch: int = 24
     """Training rows of a step, shared evenly among the sources."""
     target_batch: int = 6
-    """Target rows of a step."""
+    """Target rows of a step, shared out among several targets by their weights."""
     micro_batch: int = 0
     """Rows of one forward pass; 0 takes the whole batch. Changes memory, not the result."""
     dtype: placement_module.Dtype = "auto"
@@ -180,9 +189,9 @@ class LLMReweight(Problem):
 
     @cached_property
     def _tokenized(self) -> list[Rows]:
-        """The sources in the order of the weights, the target and the test set."""
+        """The sources in the order of the weights, the targets and the test sets."""
         found, faults = [], []
-        for source in [*self.data.sources.values(), self.data.target, self.data.test]:
+        for source in self._files:
             try:
                 found.append(
                     tokenize(
@@ -207,7 +216,7 @@ class LLMReweight(Problem):
     @property
     def rows(self) -> list[Rows]:
         """The tokenized sources, in the order of the weights."""
-        return self._tokenized[:-2]
+        return self._tokenized[: len(self.data.sources)]
 
     @cached_property
     def weighting(self) -> weighting_module.Weighting:
@@ -224,13 +233,33 @@ class LLMReweight(Problem):
         """The streams of training rows that were made, to count which examples were seen."""
         return []
 
-    @property
-    def target_rows(self) -> Rows:
-        return self._tokenized[-2]
+    @cached_property
+    def target_weights(self) -> dict[str, float]:
+        """The weight of each target; they add up to 1."""
+        return targets_module.weights(self)
+
+    @cached_property
+    def targets(self) -> list[targets_module.Target]:
+        """The tokenized targets and their test sets."""
+        found = self._tokenized[len(self.data.sources) :]
+        half = len(found) // 2
+        return [
+            targets_module.Target(name=name, weight=weight, rows=rows, test=test)
+            for (name, weight), rows, test in zip(
+                self.target_weights.items(), found[:half], found[half:], strict=True
+            )
+        ]
+
+    @cached_property
+    def target_ledger(self) -> Ledger:
+        """What the sweeps of a step have seen of each of several targets."""
+        return Ledger()
 
     @property
-    def test_rows(self) -> Rows:
-        return self._tokenized[-1]
+    def _files(self) -> list[Source]:
+        """Everything that is read: sources, targets, test sets."""
+        held = [*self.data.targets.values(), *self.data.tests.values()]
+        return [*self.data.sources.values(), *held]
 
     @property
     def names(self) -> list[str]:
@@ -241,17 +270,17 @@ class LLMReweight(Problem):
 
     def fingerprint(self) -> dict[str, Any]:
         held = ("sources", "target", "test", "model", "allow_overlap", "verdict", "on_bad_record")
-        held += ("export", "transfer", "compare", "compare_tokens")
+        held += ("export", "transfer", "compare", "compare_tokens", "target_weight")
         held += ("device", "attention", "checkpointing", "loss_chunk")  # change rounding only
         own = {
             field.name: getattr(self, field.name)
             for field in fields(self)
             if field.name not in held and not field.name.startswith("verdict_")
         }
-        files = [*self.data.sources.values(), self.data.target, self.data.test]
+        own |= {"targets": self.target_weights} if len(self.target_weights) > 1 else {}
         own |= {"order": self.names, "model": model_module.identity(self.model)}
         own["dtype"] = str(self.placement.dtype).removeprefix("torch.")
-        return own | {f"file of {source.name}": source.identity for source in files}
+        return own | {f"file of {source.name}": source.identity for source in self._files}
 
     def prepare(self) -> list[str]:
         """Tokenize everything; returns what was found, in lines for the user."""
@@ -267,7 +296,7 @@ class LLMReweight(Problem):
                     f"source {rows.name} has {_count(rows)}, expected at least the {per_source} of "
                     "one batch; fix: give it more records or lower problem.batch."
                 )
-        for rows in (self.target_rows, self.test_rows):
+        for rows in (r for target in self.targets for r in (target.rows, target.test)):
             if len(rows) < 2:
                 faults.append(
                     f"{rows.name} has {_count(rows)}, expected at least 2; fix: give it more "
@@ -277,7 +306,11 @@ class LLMReweight(Problem):
             raise InputError(faults)
         for rows, source in zip(self.rows, self.data.sources.values(), strict=True):
             lines.append(f"source {rows.name}: {data_module.describe(source, rows, self.style)}")
-        lines.append(f"target: {len(self.target_rows):,} rows; test: {len(self.test_rows):,} rows")
+        drawn = targets_module.shared_out(self.targets, self.target_batch)
+        for target, count in zip(self.targets, drawn, strict=True):
+            size = f"{len(target.rows):,} rows; test: {len(target.test):,} rows"
+            several = f" {target.name}, weight {target.weight:.3g}, {count} rows of a batch"
+            lines.append(f"target{several if len(self.targets) > 1 else ''}: {size}")
         return lines
 
     def init(self, generator: torch.Generator) -> tuple[Tensor, nn.Module]:
@@ -319,8 +352,7 @@ class LLMReweight(Problem):
 
     def batches(self, generator: torch.Generator) -> tuple[Stream, Stream]:
         seed = int(torch.randint(2**31, (), generator=generator)) ^ self.data_seed
-        count = min(self.target_batch, len(self.target_rows))
-        upper = Stratified([self.target_rows], rows=[count], seed=seed)
+        upper = targets_module.stream(self.targets, rows=self.target_batch, seed=seed)
         if self.weigh == "examples":
             pool = per_example_module.Pooled(self.rows, self.members, rows=self.batch, seed=seed)
             self.drawn.append(pool)
@@ -335,7 +367,7 @@ class LLMReweight(Problem):
         if len(batch.ids) % count:
             raise InputError(
                 f"a batch has {len(batch.ids)} rows, which {count} processes cannot share out "
-                "evenly; is the target smaller than problem.target_batch?"
+                "evenly; is there less of the target than problem.target_batch?"
             )
         return every(batch, index, count)
 
@@ -353,7 +385,10 @@ class LLMReweight(Problem):
         return (weights * losses.to(x.device)).sum()
 
     def upper(self, x: Tensor, y: nn.Module, batch: Batch) -> Tensor:
-        loss = (batch.share * self.losses(y, batch).double().cpu()).sum()
+        losses = self.losses(y, batch).double().cpu()
+        if len(self.target_weights) > 1:
+            self.target_ledger.add(y, batch, losses)
+        loss = (batch.share * losses).sum()
         if self.prior_strength:  # the shares of a whole batch add up to 1
             loss = loss + batch.share.sum() * self.weighting.pull(x)
         return loss
@@ -369,12 +404,16 @@ class LLMReweight(Problem):
 
     def metrics(self, x: Tensor, y: nn.Module) -> dict[str, Any]:
         losses = dict(zip(self.names, self.ledger.take(y, len(self.names)), strict=True))
+        told: dict[str, Any] = {"losses": losses}
+        if len(self.target_weights) > 1:
+            seen = self.target_ledger.take(y, len(self.target_weights))
+            told["targets"] = dict(zip(self.target_weights, seen, strict=True))
         if self.weigh == "examples":
-            return self.members.summary(x, self.names) | {"losses": losses}
+            return self.members.summary(x, self.names) | told
         weights = self.source_weights(x.detach()).tolist()
         named: dict[str, Any] = {"weights": dict(zip(self.names, weights, strict=True))}
         groups = {"groups": self.weighting.groups(x)} if self.groups else {}
-        return named | groups | {"losses": losses}
+        return named | groups | told
 
     def solver_wishes(self) -> dict[str, Any]:
         # votes compares every pair at every step; examples are many, and each is drawn rarely
@@ -403,7 +442,7 @@ class LLMReweight(Problem):
         return footprint.on(self, card)
 
     def unread(self) -> LLMReweight:
-        return replace(self, sources=(), target="", test="")
+        return replace(self, sources=(), target="", test="", target_weight=())
 
     def number(self, memory: Memory) -> torch.dtype:
         from bilevel.problems.llm_reweight import footprint
@@ -443,7 +482,9 @@ class LLMReweight(Problem):
         words = " ".join(f"{name} {weight:.2f}" for name, weight in top)
         if "examples" in record:
             words += f" | examples {example_words(record['examples'])}"
-        return f"target loss {record['upper']:.3f} | {words}"
+        each = {name: loss for name, loss in record.get("targets", {}).items() if loss is not None}
+        shown = ", ".join(f"{name} {loss:.3f}" for name, loss in [*each.items()][:MOST_SHOWN])
+        return f"target loss {record['upper']:.3f}{f' ({shown})' * bool(shown)} | {words}"
 
     def exporter(self) -> exports_module.Export:
         return exports_module.Export()
@@ -467,7 +508,7 @@ def from_records(
     Args:
         sources: For each name a list of mappings, a `datasets.Dataset` or anything else that gives
             mappings by number and has a length; or the path of a file.
-        target: The same, of what the model should become good at.
+        target: The same, of what the model should become good at; or a mapping of names to such.
         test: The same, to measure the verdict on; without it a quarter of the target is held out.
         options: Fields of `LLMReweight`.
 

@@ -73,10 +73,14 @@ def read_sources(
     return sources
 
 
-def name_paths(entries: Sequence[str]) -> dict[str, str]:
+def name_paths(entries: Sequence[str], option: str = "sources") -> dict[str, str]:
     """Give every `name=path` or `path` a name: the one written, or the file's stem.
 
     Stems that clash get their parent folder in front, as in `parent-stem`.
+
+    Args:
+        entries: As written.
+        option: What faults call them.
 
     Raises:
         InputError: If an entry is empty, a name comes twice or a file comes twice.
@@ -88,7 +92,7 @@ def name_paths(entries: Sequence[str]) -> dict[str, str]:
         name, equals, path = entry.partition("=")
         if "/" in name and os.path.isfile(path) and not os.path.exists(entry):
             found, fix = f"the name {name!r} with a slash", "choose another name"
-            faults.append(fault("sources", found, "a name without", fix))
+            faults.append(fault(option, found, "a name without", fix))
             continue
         if not equals or "/" in name or os.sep in name or os.path.exists(entry):
             pairs.append((None, entry))
@@ -97,16 +101,16 @@ def name_paths(entries: Sequence[str]) -> dict[str, str]:
         given, path = pairs[-1]
         if given == "" or not path.strip():
             fix = "write both sides, such as code=data/code.jsonl"
-            faults.append(fault("sources", f"{entry!r}", "name=path or path", fix))
+            faults.append(fault(option, f"{entry!r}", "name=path or path", fix))
             continue
         if "\0" in path:
             found, fix = f"a null byte in {entry!r}", "write the path without it"
-            faults.append(fault("sources", found, "the path of a file", fix))
+            faults.append(fault(option, found, "the path of a file", fix))
             continue
         real = os.path.realpath(path)
         if real in seen:
             found = f"the same file twice, as {seen[real]!r} and {entry!r}"
-            faults.append(fault("sources", found, "every file once", "remove one of the two"))
+            faults.append(fault(option, found, "every file once", "remove one of the two"))
         seen.setdefault(real, entry)
     if faults:
         raise InputError(faults)
@@ -118,7 +122,7 @@ def name_paths(entries: Sequence[str]) -> dict[str, str]:
             )
             found = f"the name {name!r} for several files ({of})"
             fix = "give each its own name, as in name=path"
-            faults.append(fault("sources", found, "one file for each name", fix))
+            faults.append(fault(option, found, "one file for each name", fix))
     if faults:
         raise InputError(faults)
     return {name: path for name, (_, path) in zip(names, pairs, strict=True)}

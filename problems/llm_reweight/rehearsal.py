@@ -15,7 +15,7 @@ from bilevel.lora import LoRA
 from bilevel.problems.llm_reweight import weighting
 from bilevel.problems.llm_reweight.placement import Placement, place
 from bilevel.problems.llm_reweight.shapes import config
-from bilevel.problems.llm_reweight.survey import survey, typical
+from bilevel.problems.llm_reweight.survey import drawn_of, survey, typical
 from bilevel.problems.llm_reweight.tokens import Batch
 from bilevel.storage import fake, real
 from bilevel.tracking import memory as memory_used
@@ -136,7 +136,8 @@ class _Stage(Problem):
             )
         else:
             lower = [n for c in found.sources for n in typical(c.lengths, each)]
-            upper = typical(found.target.lengths, own.target_batch)
+            drawn = drawn_of(found, own)
+            upper = [n for c in found.targets for n in typical(c.lengths, drawn[c.name])]
         return Always(self._rows(upper, 1)), Always(self._rows(lower, self._sources))
 
     @property

@@ -61,6 +61,7 @@ def write(
         "plan": plan and _planned(plan, resources),
         "used": _used(resources),
         "commands": _commands(body, out),
+        "number": _number,
     }
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(shown)
@@ -155,8 +156,11 @@ def _sources(histories: Histories, folder: Path) -> Path:
 
 def _losses(histories: Histories, folder: Path) -> Path:
     figure, axes = _figure()
-    pairs = {"target": "upper", "weighted sources": "lower"}
-    paths = {n: [_smooth(*p) for p in _paths(histories, key)] for n, key in pairs.items()}
+    targets = histories[0][-1].get("targets", {})
+    both = "targets by their weights" if targets else "target"
+    keys = {both: ("upper",), "weighted sources": ("lower",)}
+    keys |= {f"target {name}": ("targets", name) for name in targets}
+    paths = {n: [_smooth(*p) for p in _paths(histories, *own)] for n, own in keys.items()}
     _draw(axes, paths, list(paths))
     axes.set(xlabel="step", ylabel="loss, nats per token")
     return _save(figure, axes, folder / "losses.png")
@@ -270,6 +274,10 @@ def _save(figure: Any, axes: Any, path: Path) -> Path:
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # glyphs no font here has
         figure.savefig(path)
     return path
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.3f}"
 
 
 def _plain(name: str) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from bilevel import InputError
 from bilevel.problems.llm_reweight.records import name_paths
+from bilevel.problems.llm_reweight.targets import allot, named, test_name, tests
 from bilevel.problems.llm_reweight.tokens import Rows
 
 if TYPE_CHECKING:
@@ -55,16 +56,16 @@ class Counted:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """The sources in order, the target, and words on how they were counted."""
+    """The sources in order, the targets, and words on how they were counted."""
 
     sources: tuple[Counted, ...]
-    target: Counted
+    targets: tuple[Counted, ...]
     notes: tuple[str, ...]
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return max(max(c.lengths) for c in (*self.sources, self.target))
+        return max(max(c.lengths) for c in (*self.sources, *self.targets))
 
 
 def survey(problem: LLMReweight) -> Survey | None:
@@ -73,7 +74,7 @@ def survey(problem: LLMReweight) -> Survey | None:
     Raises:
         InputError: With the faults that their heads have.
     """
-    files = isinstance(problem.target, str) and isinstance(problem.test, str)
+    files = all(isinstance(given, str | tuple) for given in (problem.target, problem.test))
     if not problem.sources or not isinstance(problem.sources, tuple) or not files:
         return None
     plain = {f.name: f.default for f in fields(problem) if f.name.startswith(ASIDE)}
@@ -81,12 +82,13 @@ def survey(problem: LLMReweight) -> Survey | None:
 
 
 def table(found: Survey, problem: LLMReweight, steps: int) -> list[dict[str, Any]]:
-    """A row for each source, with the epochs that so many steps make of it, and for the target."""
+    """A row for each source, with the epochs that so many steps make of it, and for each target."""
     drawn = {c.name: problem.batch // len(found.sources) for c in found.sources}
-    drawn[found.target.name] = problem.target_batch
+    drawn |= drawn_of(found, problem)
+    weights = problem.target_weights if len(found.targets) > 1 else {}
     return [
         {
-            "source": c.name,
+            "source": f"{c.name} (target, {weights[c.name]:.3g})" if c.name in weights else c.name,
             "format": c.format,
             "records": c.records,
             "rows": c.rows,
@@ -96,8 +98,16 @@ def table(found: Survey, problem: LLMReweight, steps: int) -> list[dict[str, Any
             "epochs": drawn[c.name] * steps / c.rows,
             "estimated": c.read < 1,
         }
-        for c in (*found.sources, found.target)
+        for c in (*found.sources, *found.targets)
     ]
+
+
+def drawn_of(found: Survey, problem: LLMReweight) -> dict[str, int]:
+    """The rows of each target in a batch."""
+    sizes = {c.name: c.rows for c in found.targets}
+    if len(sizes) == 1:
+        return dict.fromkeys(sizes, problem.target_batch)
+    return allot(problem.target_weights, sizes, problem.target_batch)
 
 
 def padded(found: Survey, problem: LLMReweight, devices: int) -> tuple[float, float]:
@@ -105,7 +115,8 @@ def padded(found: Survey, problem: LLMReweight, devices: int) -> tuple[float, fl
     generator = torch.Generator().manual_seed(0)
     each = problem.batch // len(found.sources)
     lower = [(c.lengths, each) for c in found.sources]
-    upper = [(found.target.lengths, problem.target_batch)]
+    drawn = drawn_of(found, problem)
+    upper = [(c.lengths, drawn[c.name]) for c in found.targets]
     return _padded(lower, problem, devices, generator), _padded(upper, problem, devices, generator)
 
 
@@ -144,7 +155,10 @@ def _padded(
 @lru_cache(maxsize=4)
 def _survey(problem: LLMReweight) -> Survey:
     paths = name_paths([str(source) for source in problem.sources])
-    own = {"target": str(problem.target)} | ({"test": str(problem.test)} if problem.test else {})
+    held = named(problem.target)
+    given = tests(problem.test, [*held])
+    called = {name: test_name(name, [*held]) for name in given}
+    own = held | {called[name]: path for name, path in given.items()}
     with tempfile.TemporaryDirectory() as folder:
         heads = {
             name: _head(path, Path(folder) / str(i))
@@ -153,7 +167,8 @@ def _survey(problem: LLMReweight) -> Survey:
         read = replace(
             problem,
             sources=tuple(f"{name}={heads[name][0]}" for name in paths),
-            **{name: heads[name][0] for name in own},
+            target={name: heads[name][0] for name in held},
+            test={name: heads[called[name]][0] for name in given},
         )
         notes = []
         if _has_no_tokenizer(problem.model):
@@ -162,7 +177,7 @@ def _survey(problem: LLMReweight) -> Survey:
                 f"Tokens are counted with a small tokenizer: {problem.model} has none here."
             )
         try:
-            data, rows = read.data, [*read.rows, read.target_rows]
+            data, rows = read.data, [*read.rows, *(target.rows for target in read.targets)]
         except InputError as error:
             faults = list(error.faults)
             for name, (head, _) in heads.items():
@@ -173,9 +188,10 @@ def _survey(problem: LLMReweight) -> Survey:
             notes.append(
                 f"Of {cut} files only the first {HEAD / 1e6:.1f} MB were read; ~: estimated."
             )
-        held = [*data.sources.values(), data.target]
-        counted = [_counted(s, r, heads[s.name][1]) for s, r in zip(held, rows, strict=True)]
-    return Survey(sources=tuple(counted[:-1]), target=counted[-1], notes=tuple(notes))
+        files = [*data.sources.values(), *data.targets.values()]
+        counted = [_counted(s, r, heads[s.name][1]) for s, r in zip(files, rows, strict=True)]
+    at = len(data.sources)
+    return Survey(sources=tuple(counted[:at]), targets=tuple(counted[at:]), notes=tuple(notes))
 
 
 def _counted(source: Any, rows: Rows, share: float) -> Counted:

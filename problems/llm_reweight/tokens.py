@@ -56,7 +56,8 @@ class Batch:
     source: Tensor
     """[rows], the source of each row."""
     share: Tensor
-    """[rows], one over the rows of that source in the WHOLE batch, float64."""
+    """[rows], the weight of that source over its rows in the WHOLE batch, float64; of sources the
+    weight is 1, since x has theirs."""
     labels: tuple[str, ...]
     """source:record of each row, for messages."""
     pool: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
@@ -194,11 +195,20 @@ class Stratified(Stream):
     """Batches with a fixed number of rows of every source, each source in its own random order.
 
     The batch of step t is a pure function of (seed, source name, t): it depends neither on the
-    order of the sources nor on their sizes, and the position is one number.
+    order of the sources nor on their sizes, and the position is one number. The shares of a source
+    add up to its weight, 1 by default.
     """
 
-    def __init__(self, sources: Sequence[Rows], *, rows: Sequence[int], seed: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Rows],
+        *,
+        rows: Sequence[int],
+        seed: int,
+        weights: Sequence[float] | None = None,
+    ) -> None:
         self.sources, self.rows, self.seed = sources, rows, seed
+        self.weights = weights or [1.0] * len(sources)
         self.position = 0
         self._orders: dict[tuple[str, int], Tensor] = {}
 
@@ -209,7 +219,7 @@ class Stratified(Stream):
             for i in range(count)
         ]
         self.position += 1
-        shares = [1.0 / self.rows[k] for k, _ in picks]
+        shares = [self.weights[k] / self.rows[k] for k, _ in picks]
         return collate(self.sources, picks, shares)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from bilevel.problems.llm_reweight import by_target
+from bilevel.problems.llm_reweight.by_target import Losses, weighted
 from bilevel.problems.llm_reweight.journal import Journal
+from bilevel.problems.llm_reweight.paired import differences, interval, spanned
 from bilevel.problems.llm_reweight.problem import LLMReweight
-from bilevel.problems.llm_reweight.training import evaluate, fit
+from bilevel.problems.llm_reweight.training import fit
 
 RIVALS = {"uniform": "uniform", "size": "size-proportional"}
 """What the learned mixture is held against, and its name in a sentence."""
@@ -52,18 +55,32 @@ def compare(
     """
     journal = journal or Journal()
     seeds, options = range(problem.verdict_seeds), {"like": like, "where": where}
+    before = by_target.untrained(problem, journal, **options)
     losses = {
-        name: [kept_loss(problem, m, s, journal, **options) for s in seeds]
+        name: [kept_losses(problem, m, s, journal, **options) for s in seeds]
         for name, m in mixtures.items()
     }
     same = [r for r in RIVALS if r != "uniform" and mixtures.get(r) == mixtures["uniform"]]
-    return judged(problem, losses, unsaid=same)
+    return judged(problem, losses, before=before, unsaid=same)
 
 
 def judged(
-    problem: LLMReweight, losses: dict[str, list[float]], *, unsaid: Sequence[str] = ()
+    problem: LLMReweight,
+    each: dict[str, list[Losses]],
+    *,
+    before: Sequence[Losses] = (),
+    unsaid: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The verdict on test losses by mixture and seed; no sentence about the rivals `unsaid`."""
+    """The verdict on the test losses of each mixture, seed and target.
+
+    Args:
+        problem: Whose targets these are.
+        each: By mixture, an entry for each seed.
+        before: Of untrained models, if they are known.
+        unsaid: Rivals about which there is no sentence.
+    """
+    losses = {name: [weighted(problem, one) for one in seeds] for name, seeds in each.items()}
+    targets = by_target.judged(problem, each, before)
     gains = {
         rival: differences(losses[rival], losses["learned"]) for rival in RIVALS if rival in losses
     }
@@ -74,7 +91,9 @@ def judged(
         "losses": losses,
         **{f"gain_over_{rival}": values for rival, values in gains.items()},
         "gap_closed": statistics.fmean(gains["uniform"]) / gap if gap > 0 else None,
-        "sentences": _sentences(means, {r: g for r, g in gains.items() if r not in unsaid}, gap),
+        "sentences": _sentences(means, {r: g for r, g in gains.items() if r not in unsaid}, gap)
+        + by_target.sentences(targets),
+        **({"targets": targets} if targets else {}),
     }
 
 
@@ -113,7 +132,20 @@ def kept_loss(
     like: Any = None,
     where: str = "",
 ) -> float:
-    """What `train` returns, from the journal if it is there.
+    """The weighted sum of `kept_losses`."""
+    return weighted(problem, kept_losses(problem, mixture, seed, journal, like=like, where=where))
+
+
+def kept_losses(
+    problem: LLMReweight,
+    mixture: dict[str, float],
+    seed: int,
+    journal: Journal,
+    *,
+    like: Any = None,
+    where: str = "",
+) -> Losses:
+    """What `train_each` returns, from the journal if it is there, which holds a number for one.
 
     Args:
         problem: As for `train`, like all but the last two.
@@ -125,41 +157,23 @@ def kept_loss(
     """
     key = {"training": mixture, "seed": seed, "where": where}
     key |= {"steps": problem.verdict_steps, "lr": problem.verdict_lr}
-    return journal.keep(key, lambda: train(problem, mixture, seed=seed, like=like))
+    if len(problem.target_weights) > 1:
+        return journal.keep(key, lambda: train_each(problem, mixture, seed=seed, like=like))
+    (name,) = problem.target_weights
+    return {name: journal.keep(key, lambda: train(problem, mixture, seed=seed, like=like))}
 
 
 def train(problem: LLMReweight, mixture: dict[str, float], *, seed: int, like: Any = None) -> float:
     """The test loss of a fresh model trained on rows drawn by `mixture`, nats per token."""
+    return weighted(problem, train_each(problem, mixture, seed=seed, like=like))
+
+
+def train_each(
+    problem: LLMReweight, mixture: dict[str, float], *, seed: int, like: Any = None
+) -> Losses:
+    """The test losses of a fresh model trained on rows drawn by `mixture`, nats per token."""
     model = fit(problem, mixture, steps=problem.verdict_steps, seed=seed, like=like)
-    return evaluate(model, problem.test_rows)
-
-
-def differences(others: Sequence[float], own: Sequence[float]) -> list[float]:
-    """By how much each of `own` is below its pair."""
-    return [other - mine for other, mine in zip(others, own, strict=True)]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean by Student's t; infinite for one value.
-
-    >>> [round(end, 4) for end in interval([0.30, 0.32, 0.31])]
-    [0.2852, 0.3348]
-    """
-    if len(values) < 2:
-        return -float("inf"), float("inf")
-    from scipy import stats
-
-    mean, spread = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread
-    return mean - half, mean + half
-
-
-def spanned(values: Sequence[float]) -> str:
-    """A mean with its interval, in words."""
-    low, high = interval(values)
-    if len(values) < 2:
-        return f"{values[0]:+.3f} nats in one pair, which has no interval"
-    return f"{statistics.fmean(values):+.3f} nats, 95 % interval {low:+.3f} to {high:+.3f}"
+    return by_target.evaluated(problem, model)
 
 
 def _sentences(means: dict[str, float], gains: dict[str, list[float]], gap: float) -> list[str]:

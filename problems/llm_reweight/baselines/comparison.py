@@ -16,7 +16,7 @@ from bilevel import InputError, Memory, Solver
 from bilevel.checkpoint import replace_text
 from bilevel.markdown import escaped
 from bilevel.markdown import table as columns
-from bilevel.problems.llm_reweight import verdict, weighting
+from bilevel.problems.llm_reweight import by_target, verdict, weighting
 from bilevel.problems.llm_reweight.baselines import registry
 from bilevel.problems.llm_reweight.baselines.lab import Lab, search_tokens
 from bilevel.problems.llm_reweight.journal import Journal
@@ -53,6 +53,8 @@ class Row:
     method: str
     weights: list[dict[str, float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    each: list[by_target.Losses] = field(default_factory=list)
+    """The losses of each target."""
     tokens: list[float] = field(default_factory=list)
     seconds: list[float | None] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -85,9 +87,11 @@ def compare(
     for seed in range(seeds):
         for word, row in rows.items():
             new = one(problem, search, word, seed, budget, journal)
-            loss = verdict.kept_loss(problem, new["weights"], seed, journal, like=search.like)
+            each = verdict.kept_losses(problem, new["weights"], seed, journal, like=search.like)
+            loss = by_target.weighted(problem, each)
             say(f"compare: seed {seed}, {word}: test loss {loss:.3f}")
             row.losses.append(loss)
+            row.each.append(each)
             for name in ("weights", "tokens", "seconds"):
                 getattr(row, name).append(new[name])
             row.notes.append(new["note"])
@@ -182,6 +186,11 @@ def described(row: Row, base: Row, budget: float) -> dict[str, Any]:
     low, high = verdict.interval(gains)
     spent = statistics.fmean(row.tokens)
     names = row.weights[0]
+    several = (
+        {"targets": by_target.compared(row.each, base.each)}
+        if len((row.each or [{}])[0]) > 1
+        else {}
+    )
     return {
         "method": row.method,
         "loss": row.loss,
@@ -192,6 +201,7 @@ def described(row: Row, base: Row, budget: float) -> dict[str, Any]:
         "share_of_budget": spent / budget,
         "search_seconds": statistics.fmean([t for t in row.seconds if t is not None] or [0.0]),
         "weights": {n: statistics.fmean(w[n] for w in row.weights) for n in names},
+        **several,
         "seeds": [
             {"loss": loss, "tokens": spent, "weights": weights, "note": note}
             for loss, spent, weights, note in zip(
@@ -221,7 +231,21 @@ def markdown(body: dict[str, Any]) -> str:
         cells += [f"{row['share_of_budget']:.0%}", f"{row['search_seconds']:.0f}"]
         cells += [f"{row['weights'][n]:.3f}" for n in shown]
         rows.append(cells)
-    return "\n".join([*lines, "", *columns([*heads, *shown], rows)]) + "\n"
+    lines += ["", *columns([*heads, *shown], rows)]
+    if targets := list(body["rows"][0].get("targets", {})):
+        lines += [
+            "",
+            "The same on each target: test loss, gain over uniform and its interval.",
+        ]
+        each = [[row["method"], *map(_on_target, row["targets"].values())] for row in body["rows"]]
+        lines += ["", *columns(["method", *targets], each)]
+    return "\n".join(lines) + "\n"
+
+
+def _on_target(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    gain = f"{found['gain_over_uniform']:+.3f}, {low:+.3f} to {high:+.3f}"
+    return f"{found['loss']:.3f} ({gain})"
 
 
 def table(body: dict[str, Any]) -> str:
@@ -231,10 +255,14 @@ def table(body: dict[str, Any]) -> str:
     names = list(body["rows"][0]["weights"])
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow([*columns, *(f"weight of {name}" for name in names)])
+    targets = list(body["rows"][0].get("targets", {}))
+    more = [*(f"weight of {name}" for name in names), *(f"loss on {name}" for name in targets)]
+    writer.writerow([*columns, *more])
     for row in body["rows"]:
         flat = row | {"low": row["interval"][0], "high": row["interval"][1]}
-        writer.writerow([*(flat[c] for c in columns), *(row["weights"][n] for n in names)])
+        losses = [row["targets"][name]["loss"] for name in targets]
+        weights = [row["weights"][name] for name in names]
+        writer.writerow([*(flat[c] for c in columns), *weights, *losses])
     return text.getvalue()
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import nn
 
 from bilevel.linear import norm
-from bilevel.problems.llm_reweight.baselines.lab import Lab, mean_length
+from bilevel.problems.llm_reweight.baselines.lab import Lab
 from bilevel.problems.llm_reweight.baselines.method import Found, Method, normalized, require
 from bilevel.problems.llm_reweight.tokens import Rows
 from bilevel.tree import dot
@@ -63,7 +63,7 @@ def scores(
     Another `draw` takes other rows.
     """
     sources = lab.problem.rows
-    target = lab.gradient(model, lab.problem.target_rows, ceil(count * share(sources)), draw)
+    target = lab.target_gradient(model, ceil(count * share(sources)), draw)
     found = []
     for rows in sources:
         own = lab.gradient(model, rows, count, draw)
@@ -74,7 +74,7 @@ def scores(
 
 def affordable(lab: Lab, spend: float) -> int:
     """Rows of each source whose gradients, with those of the target, cost `spend` tokens."""
-    target = share(lab.problem.rows) * mean_length(lab.problem.target_rows)
+    target = share(lab.problem.rows) * lab.target_length
     return max(1, int(spend / (sum(lab.lengths) + target)))
 
 

@@ -6,8 +6,8 @@ only counts a third. Padding is not counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bilevel import Memory, Solver
 from bilevel.problems.llm_reweight import training
 from bilevel.problems.llm_reweight.problem import LLMReweight
+from bilevel.problems.llm_reweight.targets import shared_out
 from bilevel.problems.llm_reweight.tokens import Batch, Rows, collate
 
 FORWARD = 1 / 3
@@ -87,6 +88,11 @@ class Lab:
         """Mean tokens of a row of each source."""
         return [mean_length(rows) for rows in self.problem.rows]
 
+    @cached_property
+    def target_length(self) -> float:
+        """Mean tokens of a row of the targets, by their weights."""
+        return sum(t.weight * mean_length(t.rows) for t in self.problem.targets)
+
     def rows(self, source: Rows, count: int, draw: int = 0) -> Iterator[Batch]:
         """About `count` rows, a random one of each of as many equal parts, in batches of `CHUNK`.
 
@@ -104,9 +110,23 @@ class Lab:
 
     def gradient(self, model: nn.Module, source: Rows, count: int, draw: int = 0) -> list[Tensor]:
         """The gradient of the mean loss over about `count` rows, one tensor a parameter."""
+        return self._gradient(model, self.rows(source, count, draw))
+
+    def target(self, count: int, draw: int = 0) -> Iterator[Batch]:
+        """About `count` rows of all targets; the shares of each add up to its weight."""
+        targets = self.problem.targets
+        for target, own in zip(targets, shared_out(targets, count), strict=True):
+            for batch in self.rows(target.rows, own, draw):
+                yield replace(batch, share=target.weight * batch.share)
+
+    def target_gradient(self, model: nn.Module, count: int, draw: int = 0) -> list[Tensor]:
+        """That of the weighted target loss over about `count` rows, one tensor a parameter."""
+        return self._gradient(model, self.target(count, draw))
+
+    def _gradient(self, model: nn.Module, batches: Iterable[Batch]) -> list[Tensor]:
         moving = [p for p in model.parameters() if p.requires_grad]
         total = [torch.zeros_like(p, dtype=torch.float32) for p in moving]
-        for batch in self.rows(source, count, draw):
+        for batch in batches:
             losses = self.problem.losses(model, batch).double()
             loss = (batch.share.to(losses.device) * losses).sum()
             found = torch.autograd.grad(loss, moving, allow_unused=True)
@@ -127,18 +147,18 @@ class Lab:
 
         A seventh of the tokens at most goes into evaluation, on as many rows as the verdict takes.
         """
-        target = self.problem.target_rows
-        row = FORWARD * mean_length(target)
-        count = max(8, min(training.EVALUATED, len(target), int(spend / 7 / row)))
+        row, there = FORWARD * self.target_length, sum(len(t.rows) for t in self.problem.targets)
+        count = max(8, min(training.EVALUATED, there, int(spend / 7 / row)))
         model = self.train(mixture, steps=self.steps(spend - count * row, mixture))
-        parts = list(self.rows(target, count))
+        parts = list(self.target(count))
         return float(sum((part.share * self.losses(model, part)).sum() for part in parts))
 
     def train_on_target(self, spend: float) -> nn.Module:
-        """A model trained on the target alone, for `spend` tokens."""
-        target = self.problem.target_rows
-        steps = max(1, int(spend / (self.problem.batch * mean_length(target))))
-        *_, last = self.path({target.name: 1.0}, steps=steps, rows=[target])
+        """A model trained on the targets alone, by their weights, for `spend` tokens."""
+        steps = max(1, int(spend / (self.problem.batch * self.target_length)))
+        mixture = {target.rows.name: target.weight for target in self.problem.targets}
+        rows = [target.rows for target in self.problem.targets]
+        *_, last = self.path(mixture, steps=steps, rows=rows)
         return last.model
 
     def _model_seed(self, salt: int) -> int:
@@ -166,7 +186,8 @@ def search_tokens(problem: LLMReweight, counts: dict[str, int]) -> float:
     """
     each = problem.batch // len(problem.rows)
     lower = each * sum(map(mean_length, problem.rows))
-    upper = min(problem.target_batch, len(problem.target_rows)) * mean_length(problem.target_rows)
+    drawn = shared_out(problem.targets, problem.target_batch)
+    upper = sum(n * mean_length(t.rows) for n, t in zip(drawn, problem.targets, strict=True))
     total = 0.0
     for name, count in counts.items():
         batch = upper if name.startswith("upper") else lower

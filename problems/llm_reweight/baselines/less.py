@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bilevel.problems.llm_reweight.baselines.lab import Lab, tokens
 from bilevel.problems.llm_reweight.baselines.method import Found, Method, normalized, require
 from bilevel.problems.llm_reweight.baselines.sketch import Sketch
+from bilevel.problems.llm_reweight.targets import shared_out
 from bilevel.problems.llm_reweight.tokens import Rows, cut
 
 Direction = Callable[[Tensor, Tensor], Tensor]
@@ -33,9 +34,10 @@ class LESS(Method):
     weight of a source is its share among the `top` rows, of equally many that are scored of each.
 
     Reference: Xia et al., LESS: Selecting Influential Data for Targeted Instruction Tuning, ICML
-    2024 (2402.04333), section 3. Deviations: a sparse projection; one target task; no adapter
-    unless the run has one; checkpoints in the middle of equal parts of the training, where the
-    step size is not yet 0; aggregated to sources.
+    2024 (2402.04333), section 3. Deviations: a sparse projection; one target task, or several by
+    their weights rather than the best of each row; no adapter unless the run has one; checkpoints
+    in the middle of equal parts of the training, where the step size is not yet 0; aggregated to
+    sources.
     """
 
     warmup: float = 0.6
@@ -83,8 +85,11 @@ class LESS(Method):
             if step.number not in marks:
                 continue
             lr = step.optimizer.param_groups[0]["lr"]
-            plain = features(lab, step.model, problem.target_rows, count, sketch, lambda p, g: g)
-            target = nn.functional.normalize(plain.mean(0), dim=0)
+            plain = torch.zeros(self.size)
+            for own, n in zip(problem.targets, shared_out(problem.targets, count), strict=True):
+                found = features(lab, step.model, own.rows, n, sketch, lambda p, g: g)
+                plain += own.weight * found.mean(0)
+            target = nn.functional.normalize(plain, dim=0)
             update = adam_direction(step.optimizer)
             for total, rows in zip(totals, problem.rows, strict=True):
                 found = features(lab, step.model, rows, count, sketch, update)

@@ -19,7 +19,8 @@ class MixMin(Method):
     """min over the simplex of the mean over tokens of -log sum_s w_s p_s(token), which is convex.
 
     p_s are the predictions of a model trained on source s alone, with an equal part of the budget.
-    The mean is over the target's rows, of each row's trained tokens, as everywhere here.
+    The mean is over the target's rows, of each row's trained tokens, and over several targets by
+    their weights, as everywhere here.
 
     Reference: Thudi, Rovers, Ruan, Thrush, Maddison, MixMin: Finding Data Mixtures via Convex
     Minimization, ICML 2025 (2502.10510), eq. 2 and algorithm 1. Deviation: the multiplicative
@@ -27,9 +28,9 @@ class MixMin(Method):
     """
 
     def search(self, lab: Lab) -> Found:
-        target = lab.problem.target_rows
+        there = sum(len(target.rows) for target in lab.problem.targets)
         row = sum(lab.lengths) / len(lab.lengths)
-        count = min(len(target), max(32, int(0.1 * lab.budget / (FORWARD * row * len(lab.names)))))
+        count = min(there, max(32, int(0.1 * lab.budget / (FORWARD * row * len(lab.names)))))
         reserved = count * FORWARD * row * len(lab.names)
         share = max(lab.budget - reserved, 0.5 * lab.budget) / len(lab.names)
         columns, shares = [], torch.empty(0)
@@ -37,7 +38,7 @@ class MixMin(Method):
             only = {n: float(n == name) for n in lab.names}
             model = lab.train(only, steps=lab.steps(share, only))
             parts = []
-            for batch in lab.rows(target, count):
+            for batch in lab.target(count):
                 parts.append(log_likelihoods(model, batch, chunk=lab.problem.loss_chunk))
                 lab.tokens += FORWARD * tokens(batch)
             columns.append(torch.cat([values for values, _ in parts]))
