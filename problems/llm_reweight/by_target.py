@@ -152,6 +152,21 @@ def filled(
     return found
 
 
+def whole(filled: Sequence[dict[str, Any]], judged: dict[str, Any]) -> dict[str, Any]:
+    """What weights.json tells of all targets by their weights, after a verdict."""
+    losses = {
+        key: sum(target["weight"] * target["loss"][key] for target in filled)
+        for key in filled[0]["loss"]
+        if filled[0]["loss"][key] is not None
+    }
+    gains = judged["gain_over_uniform"]
+    return {
+        "loss": losses,
+        "gain_over_uniform": statistics.fmean(gains),
+        "interval": finite(gains),
+    }
+
+
 def _ends(histories: Sequence[Any], name: str) -> dict[str, float | None]:
     """The mean loss in the first and in the last quarter of the steps of all seeds."""
     first, last = [], []

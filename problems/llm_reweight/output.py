@@ -201,6 +201,7 @@ def _judge(problem: LLMReweight, body: dict[str, Any], result: Any, out: Path) -
             body["target"]["loss"][name] = sum(losses) / len(losses)
         if "targets" in body:
             body["targets"] = by_target.filled(body["targets"], judged["targets"])
+            body["target"] |= by_target.whole(body["targets"], judged)
         write_weights(body, out)
         lines += judged["sentences"]
     if problem.transfer:

@@ -308,9 +308,11 @@ class LLMReweight(Problem):
             lines.append(f"source {rows.name}: {data_module.describe(source, rows, self.style)}")
         drawn = targets_module.shared_out(self.targets, self.target_batch)
         for target, count in zip(self.targets, drawn, strict=True):
-            size = f"{len(target.rows):,} rows; test: {len(target.test):,} rows"
-            several = f" {target.name}, weight {target.weight:.3g}, {count} rows of a batch"
-            lines.append(f"target{several if len(self.targets) > 1 else ''}: {size}")
+            several = len(self.targets) > 1
+            head = f"target {target.name}, weight {target.weight:.3g}" if several else "target"
+            each = f", {count} in each batch" if several else ""
+            size = f"{len(target.rows):,} rows{each}; test: {len(target.test):,} rows"
+            lines.append(f"{head}: {size}")
         return lines
 
     def init(self, generator: torch.Generator) -> tuple[Tensor, nn.Module]:
