@@ -87,7 +87,7 @@ def test_without_library_sources_compiled_modules_are_used(tmp_path):
         found = embedded.corpus(stdlib=folder)
         assert "docstrings of compiled modules instead" in found.notes[0]
         assert found.sources["docstrings"] and found.target and found.test
-        assert not set(*found.targets) & set(found.test)
+        assert not set(found.target) & set(found.test)
         assert not {*found.target, *found.test} & set(found.sources["docstrings"])
         assert "source code left out: its text is missing from this Python" in found.notes
         assert "code" not in found.sources
