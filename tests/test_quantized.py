@@ -47,6 +47,9 @@ class Kind(Tokens):
     def init(self, generator):
         torch.manual_seed(0)
         model = tiny(self.kind).eval().to(self.dtype)
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.data.normal_(std=0.1)
         if self.change:
             self.change(model)
         return torch.zeros(2, dtype=torch.float64), model
@@ -85,6 +88,7 @@ def in_full(quantization):
                     rows = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
                     assert (four.weight.dtype == torch.uint8) == (rows.shape[1] == 64)
                     if rows.shape[1] == 64:
+                        assert four.weight.quant_state.quant_type == quantization
                         assert (by_hand(four) - rows).abs().mean() < 0.2 * rows.abs().mean()
                         rows.copy_(by_hand(four))
 
