@@ -34,7 +34,7 @@ def begin(
 ) -> State:
     """A state with variables x and y, twins of y by name, streams, memory, and counts at zero."""
     with memory.loading():
-        x0, y0 = problem.init(generator)
+        x0, y0 = launcher.begin(problem, generator)
     y0 = memory.prepare(y0, ("y", *twins))
     lower = memory.optimizer(lower, generator)
     bounds = {

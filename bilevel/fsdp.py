@@ -17,6 +17,7 @@ from bilevel import processes
 from bilevel.blocks import units
 from bilevel.errors import InputError
 from bilevel.memory import Memory
+from bilevel.outline import Outline, blueprint, detach
 from bilevel.problem import Problem
 from bilevel.together import Together, engine_faults, four_bit_faults, option_faults, process_faults
 from bilevel.tree import Part, Value, digest, dtypes, leaves, norm, twin
@@ -63,6 +64,9 @@ class _Engine(Together):
     def close(self) -> None:
         processes.disconnect()
 
+    def begin(self, problem: Problem, generator: torch.Generator) -> tuple[Value, Value]:
+        return problem.outline(generator)
+
     def variable(
         self,
         name: str,
@@ -76,12 +80,13 @@ class _Engine(Together):
         own = value.whole if isinstance(value, Part) else value
         processes.same(f"the start of {name}", digest(own))
         if isinstance(value, Part):
-            device = home(value.whole)
-            self._shard(value.whole, device, ())  # with the parts of its twins
+            self._shard_start(value.whole, detach(value.whole), ())  # with the parts of its twins
         if not isinstance(value, nn.Module) or isinstance(value, Part):
             return Variable(name, value, optimizer, project)
-        empty, device = blueprint(value), home(value)
-        variable = Variable(name, self._shard(value, device, shared), optimizer, project)
+        outline = detach(value)
+        empty = blueprint(value)
+        module = self._shard_start(value, outline, shared)
+        variable = Variable(name, module, optimizer, project)
         variable.blueprint = empty
         return variable
 
@@ -145,6 +150,20 @@ class _Engine(Together):
         with torch.no_grad():
             for copy in copies:
                 problem.upper(x.value, copy.value, batch)
+
+    def _shard_start(
+        self, module: nn.Module, outline: Outline | None, shared: Sequence[str]
+    ) -> nn.Module:
+        """Cut up the module that a problem starts from, in place; an outline is read by shards."""
+        device = home(module)
+        if outline is None:
+            return self._shard(module, device, shared)
+        names = {n: outline.names[id(p)] for n, p in module.named_parameters() if p.is_meta}
+        self._shard(module, device, shared)
+        held = {n: torch.empty_like(module.get_parameter(n).detach(), device=device) for n in names}
+        outline.read({names[n]: t for n, t in held.items()})
+        _assign(module, held)
+        return module
 
     def _shard(self, module: nn.Module, device: str, shared: Sequence[str]) -> nn.Module:
         """Put every unit of a module, and what is left, into groups of their own.
@@ -233,31 +252,28 @@ def _check_options(launcher: _Engine) -> None:
 
 def _fill(module: nn.Module, source: nn.Module, wanted: Callable[[str], bool]) -> None:
     """Give a sharded module without content copies of the shards of another of its kind."""
-    first: dict[int, str] = {}
-    tied = {
-        name: first.setdefault(id(p), name)
-        for name, p in source.named_parameters(remove_duplicate=False)
-        if wanted(name)
-    }
+    alone = {name for name, _ in source.named_parameters()}
+    aliases = {name for name, _ in source.named_parameters(remove_duplicate=False)} - alone
     held = {
         k: v.detach().clone()
         for k, v in source.state_dict().items()
-        if wanted(k) and tied.get(k, k) == k
+        if wanted(k) and k not in aliases
+    }
+    _assign(module, held)
+
+
+def _assign(module: nn.Module, held: Mapping[str, Tensor]) -> None:
+    """Put tensors in place of parameters and buffers by name; what is tied to one stays so."""
+    first: dict[int, str] = {}
+    tied = {
+        name: first.setdefault(id(p), name)
+        for name, p in module.named_parameters(remove_duplicate=False)
     }
     module.load_state_dict(held, assign=True, strict=False)
     for name, other in tied.items():
-        if name != other:
+        if name != other and other in held:
             path, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(path), attribute, module.get_parameter(other))
-
-
-def blueprint(module: nn.Module) -> nn.Module:
-    """A copy of a module whose parameters take no memory; its buffers are copies."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-        for p in module.parameters()
-    }
-    return deepcopy(module, memo)
 
 
 def home(module: nn.Module) -> str:

@@ -55,6 +55,10 @@ class Launcher(ABC):
     def close(self) -> None:  # noqa: B027
         """Leave the other processes."""
 
+    def begin(self, problem: Problem, generator: torch.Generator) -> tuple[Value, Value]:
+        """The start of a problem as `variable` takes it, with all numbers or an outline of them."""
+        return problem.init(generator)
+
     @abstractmethod
     def variable(
         self,

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree  # private name, used by transformers 
 
 from bilevel.errors import InputError
 from bilevel.memory import Memory, MemoryState
+from bilevel.outline import stood_in
 from bilevel.quantized import Quantization, missing, on_the_host, quantize
 from bilevel.tree import Part, Value, digest, whole
 from bilevel.variable import Variable
@@ -99,7 +100,8 @@ class LoRA(Memory):
                 lora_dropout=0.0,  # losses are pure
                 target_modules=targets,
             )
-            with warnings.catch_warnings():
+            # peft makes adapters where the base is: not without numbers, where that is an outline
+            with warnings.catch_warnings(), stood_in(value):
                 for known in ("Already found a `peft_config`", "fan_in_fan_out is set to False"):
                     warnings.filterwarnings("ignore", known)  # both are meant
                 inject_adapter_in_model(config, value, adapter_name=name)

@@ -94,6 +94,14 @@ class Problem(ABC):
     def init(self, generator: torch.Generator) -> tuple[Value, Value]:
         """The start (x0, y0): trees of floating-point tensors or modules."""
 
+    def outline(self, generator: torch.Generator) -> tuple[Value, Value]:
+        """`init`, where y may be a module on the meta device with a `bilevel.outline.Outline`.
+
+        For launchers that cut y up, called by all their processes together. By default every
+        process makes all of y.
+        """
+        return self.init(generator)
+
     @abstractmethod
     def upper(self, x: Value, y: Value, batch: Any) -> Tensor:
         """f(x, y) on a batch, a scalar."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -136,6 +137,31 @@ def broadcast(text: str) -> str:
     if size > 0:
         dist.broadcast(data, src=0)
     return bytes(data.tolist()).decode()
+
+
+def sent(tensor: Tensor) -> Tensor:
+    """The tensor that the first process gives; others give one of its shape and type."""
+    dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def on_main(function: Callable[[], str], told: Callable[[str], str] = broadcast) -> str:
+    """What a function of the first process returns, or the input error it raises, everywhere.
+
+    Args:
+        function: Called by that process alone.
+        told: Gives every process the text of the first.
+    """
+    answer: dict[str, Any] = {}
+    if rank() == 0:
+        try:
+            answer = {"text": function()}
+        except InputError as error:
+            answer = {"faults": error.faults}
+    answer = json.loads(told(json.dumps(answer)))
+    if "faults" in answer:
+        raise InputError(answer["faults"])
+    return answer["text"]
 
 
 def same(what: str, text: str) -> None:

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +86,7 @@ def _run(options: Options, words: list[str]) -> int:
             f"launcher={options.names['launcher']} runs in one process, but {processes.expected()} "
             "were started; use launcher=fsdp2 or launcher=ddp, or start without torchrun."
         )
-    out = Path(_on_main(launcher, lambda: str(place(options))))
+    out = Path(processes.on_main(lambda: str(place(options)), launcher.told))
     if options.problem.probed and (faults := probe(options.problem, options.solver.order)):
         raise InputError(faults)
     notes = options.problem.prepare() + options.solver.notes(options.problem)
@@ -98,7 +98,7 @@ def _run(options: Options, words: list[str]) -> int:
         memory=options.memory,
         launcher=launcher,
     )
-    out = Path(_on_main(launcher, lambda: str(claim(out, options, words))))
+    out = Path(processes.on_main(lambda: str(claim(out, options, words)), launcher.told))
     if planned:
         checkpoint.replace_text(out / "plan.json", json.dumps(plan.as_dict(planned), indent=1))
     with _logged(out / "log.txt") if launcher.is_main else nullcontext():
@@ -222,20 +222,6 @@ def _together(launcher: Launcher) -> Iterator[None]:
         ) from None
     finally:
         launcher.close()
-
-
-def _on_main(launcher: Launcher, function: Callable[[], str]) -> str:
-    """What a function of the main process returns, or the input error it raises, everywhere."""
-    answer: dict[str, Any] = {}
-    if launcher.is_main:
-        try:
-            answer = {"text": function()}
-        except InputError as error:
-            answer = {"faults": error.faults}
-    answer = json.loads(launcher.told(json.dumps(answer)))
-    if "faults" in answer:
-        raise InputError(answer["faults"])
-    return answer["text"]
 
 
 @contextmanager

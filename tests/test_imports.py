@@ -12,7 +12,7 @@ ORDER = [
     ["piped", "tracking"],
     ["votes", "linear", "spectrum", "projection", "trace"],
     ["variable", "precision", "offload", "blocks", "processes"],
-    ["trunk", "quantized"],
+    ["trunk", "quantized", "outline"],
     ["problem", "memory"],
     ["launch", "lora", "zero_config", "zero_package", "zero_engine", "zero_shards"],
     ["together"],

@@ -262,6 +262,15 @@ def test_what_waits_in_host_memory_is_planned():
         plan.make([*YI, *MIXED, "memory.offload=idle"])
 
 
+def test_no_process_loads_all_of_a_model_that_is_cut_up():
+    one = plan.make([*YI, *ONE_CARD, "memory.gamma=1", "memory.offload=states"]).footprint.host
+    assert one["model, whole in every process while it is loaded"] == 2 * 34_388_917_248
+    words = ["launcher=fsdp2", "devices=8", "device=a40", "batch=8", "target_batch=8"]
+    several = plan.make([*YI, *words]).footprint.host
+    (read,) = [n for name, n in several.items() if "while the model is read" in name]
+    assert read == 2 * 64_000 * 7_168  # a part of the embedding in each of eight
+
+
 @pytest.mark.slow
 def test_a_step_of_34_billion_on_one_card_is_counted():
     words = ["device=h100", "memory.gamma=1", "memory.offload=states", "batch=4", "target_batch=2"]

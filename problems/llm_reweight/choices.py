@@ -102,6 +102,8 @@ class Choices:
     """Whether the step converts gradients into other memory, in which they are wide."""
     saved_whole: bool = False
     """Whether a checkpoint is gathered in the main process."""
+    by_parts: bool = False
+    """Whether processes read their parts of the model, so that none has it whole on the host."""
     deferred: bool = False
     """Whether gradients of several passes are summed whole, in float32, before they are shared."""
     foreach: bool = True

@@ -386,7 +386,13 @@ def _saved_tokens(work: Work, passes: Passes) -> float:
 def _host(of: Shape, made: Choices, devices: int) -> dict[str, float]:
     if made.around[0] != "context and slack":
         return {}  # it is the device
-    found = {"model, whole in every process while it is loaded": devices * of.total * made.weight}
+    largest = max(of.embedding, of.head, *(a * b for a, b in of.linears))
+    read = devices * largest / made.weight_shards
+    found = (
+        {"parts of one parameter while the model is read": read * made.weight}
+        if made.by_parts
+        else {"model, whole in every process while it is loaded": devices * of.total * made.weight}
+    )
     if made.resident < made.learners:
         found["what is away from the device, pinned"] = made.learners * _pinned(of, made)
     if made.saved_whole:  # and in pieces of the writer once more

@@ -40,11 +40,11 @@ def launched(
     if kind is Single:
         return made
     if kind is DDP and isinstance(launcher, DDP):
-        return replace(made, deferred=not launcher.reduces)
+        return replace(made, deferred=not launcher.reduces, by_parts=True)
     if kind is FSDP2 and isinstance(launcher, FSDP2):
         apart = not of.tied if of else True
         made = replace(made, gathers=True, ends_apart=apart, deferred=not launcher.reduces)
-        return replace(made, weight_shards=devices, **_shards(devices))
+        return replace(made, weight_shards=devices, by_parts=True, **_shards(devices))
     if kind is DeepSpeed and isinstance(launcher, DeepSpeed):
         return _deepspeed(made, launcher, memory, devices, of)
     raise InputError(f"launcher={kind.__name__.lower()} cannot be planned yet.")

@@ -39,9 +39,20 @@ def tiny_model(
     vocabulary: int, *, layers: int, width: int, seed: int, placement: Placement | None = None
 ) -> nn.Module:
     """A Llama with random weights drawn from `seed`; by default on the CPU, in float32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
+    config = tiny_config(vocabulary, layers=layers, width=width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).train()
+    return place(model, placement or Placement())
+
+
+def tiny_config(vocabulary: int, *, layers: int, width: int) -> Any:
+    """The shape of `tiny_model`."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=width * 8 // 3,
@@ -53,10 +64,6 @@ def tiny_model(
         bos_token_id=0,
         eos_token_id=0,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).train()
-    return place(model, placement or Placement())
 
 
 def load_tokenizer(name: str) -> Any:
@@ -148,13 +155,9 @@ def load_model(
     except Exception as error:  # broken files raise whatever their parsers raise
         raise InputError(_not_loaded(name, error)) from None
     model, found = loaded
-    model.config.use_cache = False
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # both copies must see the same network
-    model = place(model.eval(), placement)
+    model = place(_still(model), placement)
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    faults = [f"problem.model={name} {fault}" for fault in _unfit(model, length, vocabulary)]
+    faults = unfit(model, name, length=length, vocabulary=vocabulary)
     if missing:
         faults.append(
             f"problem.model={name} lacks {len(missing)} of the weights of {type(model).__name__} "
@@ -163,6 +166,36 @@ def load_model(
         )
     if faults:
         raise InputError(faults)
+    return model
+
+
+def empty_model(name: str, dtype: torch.dtype) -> nn.Module:
+    """What `load_model` gives for a folder or hub name, with buffers alone, and not placed.
+
+    Raises:
+        InputError: If its files do not describe a model.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            model = outlined(config, dtype)
+            if (Path(name) / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(name)
+    except Exception as error:  # broken files raise whatever their parsers raise
+        raise InputError(_not_loaded(name, error)) from None
+    return _still(model)
+
+
+def outlined(config: Any, dtype: torch.dtype) -> Any:
+    """The model of a config, its parameters on the meta device, its buffers on the CPU."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):  # what is in buffers is in no file
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
     return model
 
 
@@ -211,8 +244,8 @@ def _check_weights(file: Path) -> list[str]:
 
 
 @torch.no_grad()
-def _unfit(model: Any, length: int, vocabulary: int) -> list[str]:
-    """What of a loaded model does not go with rows of `length` tokens from `vocabulary` entries."""
+def unfit(model: Any, name: str, *, length: int, vocabulary: int) -> list[str]:
+    """Why a model does not go with rows of `length` tokens from `vocabulary` entries."""
     faults = []
     entries = model.get_input_embeddings().weight.shape[0]
     if vocabulary > entries:
@@ -230,7 +263,16 @@ def _unfit(model: Any, length: int, vocabulary: int) -> list[str]:
     near = max(1e-4, 4 * torch.finfo(first.dtype).eps)  # rounding may depend on the row
     if not torch.allclose(first[0], first[1], atol=near, rtol=near):
         faults.append("lets a token see the next one; expected a causal (decoder) model.")
-    return faults
+    return [f"problem.model={name} {fault}" for fault in faults]
+
+
+def _still(model: Any) -> Any:
+    """A model as both copies must see it, without dropout."""
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.eval()
 
 
 @contextmanager

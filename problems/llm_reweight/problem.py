@@ -317,12 +317,21 @@ class LLMReweight(Problem):
 
     def init(self, generator: torch.Generator) -> tuple[Tensor, nn.Module]:
         seed = int(torch.randint(2**31, (), generator=generator))
+        return self._logits(), self.fresh_model(seed, by_engine=processes.expected() > 1)
+
+    def outline(self, generator: torch.Generator) -> tuple[Tensor, nn.Module]:
+        from bilevel.problems.llm_reweight import parts
+
+        seed = int(torch.randint(2**31, (), generator=generator))
+        return self._logits(), parts.outline(self, seed)
+
+    def _logits(self) -> Tensor:
+        """The start of x."""
         each = self.weigh == "examples"
         plain = weighting_module.is_plain(self)
         size = len(self.members) if each else len(self.names)
         x = torch.zeros(size, dtype=torch.float64)
-        x = x if each or plain else self.weighting.start()
-        return x, self.fresh_model(seed, by_engine=processes.expected() > 1)
+        return x if each or plain else self.weighting.start()
 
     def fresh_model(self, seed: int, *, by_engine: bool = False) -> nn.Module:
         """A model as every run starts from it; the seed matters for `tiny` only.
@@ -341,12 +350,18 @@ class LLMReweight(Problem):
         model = model_module.load_model(
             self.model, length=self.max_length, vocabulary=size, placement=placement
         )
-        if not is_direct(model) and self.loss_chunk:
-            raise InputError(
-                f"problem.loss_chunk={self.loss_chunk} cannot be used with problem.model="
-                f"{self.model}, which changes the logits after its head; leave it out."
-            )
+        if faults := self.chunk_faults(model):
+            raise InputError(faults)
         return model
+
+    def chunk_faults(self, model: nn.Module) -> list[str]:
+        """Why the loss of a model cannot be taken in the chunks that are asked for."""
+        if is_direct(model) or not self.loss_chunk:
+            return []
+        return [
+            f"problem.loss_chunk={self.loss_chunk} cannot be used with problem.model={self.model}, "
+            "which changes the logits after its head; leave it out."
+        ]
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """[rows], the loss of each row."""
