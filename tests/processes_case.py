@@ -2,13 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from bilevel import LISA, Always, Full, Launcher, LoRA, Problem, solve
+from bilevel import LISA, Always, Full, Launcher, LoRA, Problem, processes, solve
 from bilevel.footprint import work
 from bilevel.fsdp import DDP, FSDP2
 from bilevel.lora import Adapter
@@ -183,6 +184,20 @@ def held_and_planned(launcher: Launcher) -> dict[str, list[float]]:
     return found
 
 
+def switches(folder: Path, launcher: Launcher) -> list[int]:
+    """Bytes of optimizer state of all copies after each of eleven draws of LISA's blocks."""
+    problem = replace(llm(folder), layers=6)
+    memory, solver = LISA(gamma=1, period=1), SOLVERS["scalebio"]
+    state, held = start(problem, solver, memory=memory, launcher=launcher), []
+    drawn = set()
+    for _ in range(11):
+        state = solver.step(problem, launcher, state)
+        held.append(sum(copy.memory()["optimizer"] for copy in state.copies))
+        drawn |= set(state.memory.active)
+    assert len(drawn) > 3
+    return held
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     for case in CASES:
@@ -193,6 +208,8 @@ def main(folder: Path) -> None:
     bytes_ = held_and_planned(LAUNCHERS["fsdp2"])
     if LAUNCHERS["fsdp2"].is_main:
         (folder / "bytes.json").write_text(json.dumps(bytes_))
+    held = {name: switches(folder, launcher) for name, launcher in LAUNCHERS.items()}
+    (folder / f"switches-{processes.rank()}.json").write_text(json.dumps(held))
 
 
 if __name__ == "__main__":

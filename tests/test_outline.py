@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
     save_file(held, file, metadata={"format": "pt"})
     starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [sys.executable, *starter, HERE / "parts_case.py", folder]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

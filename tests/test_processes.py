@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes_case import CASES, LAUNCHERS, STEPS, llm, run
+from processes_case import CASES, LAUNCHERS, STEPS, llm, run, switches
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -26,7 +26,7 @@ from bilevel.tree import leaves
 HERE = Path(__file__).parent
 
 
-def torchrun(count, *words, timeout=300, cwd=None):
+def torchrun(count, *words, timeout=600, cwd=None):
     """Run a script or `-m module` in so many processes."""
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command = [sys.executable, *starter, *map(str, words)]
@@ -91,6 +91,17 @@ def test_an_adapter_is_gathered_when_it_is_saved(folder, single, launcher):
 def test_a_process_holds_what_was_planned(folder):
     for memory, (held, planned) in json.loads((folder / "bytes.json").read_text()).items():
         assert held == pytest.approx(planned, rel=0.02), memory
+
+
+def test_optimizer_states_stay_flat_over_ten_switches(folder):
+    single = switches(folder, Single())
+    held = [json.loads((folder / f"switches-{rank}.json").read_text()) for rank in range(2)]
+    for name, runs in [("single", [single]), *((n, [h[n] for h in held]) for n in LAUNCHERS)]:
+        for sizes in runs:
+            assert len(sizes) == 11 and len(set(sizes)) == 1, name
+    assert [h["ddp"] for h in held] == [single, single]
+    both = sum(h["fsdp2"][0] for h in held)
+    assert single[0] <= both <= 1.001 * single[0]  # every process counts the steps of Adam
 
 
 @pytest.mark.parametrize("launcher", [FSDP2(), DDP()], ids=["fsdp2", "ddp"])
