@@ -32,6 +32,9 @@ SCHEMA = "bilevel.checkpoint/2"
 DAMAGES = (OSError, ValueError, KeyError, TypeError, AssertionError, SafetensorError)
 """What readers raise for files that are not what they were."""
 
+FILES = 16
+"""Of each process, where tensors are sharded: the writer holds all of a file in memory twice."""
+
 Like = Callable[[Sequence[Any], Sequence[int]], torch.Tensor | None]
 """From the keys that lead to a tensor of a state, and its shape, to a tensor that is cut up so."""
 
@@ -150,9 +153,21 @@ def _save_sharded(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
     dist.barrier()  # until the folder is there
-    writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(
+        path=str(folder), save_distributed=True, fqn_to_index_mapping=_file_numbers(tensors)
+    )
     save_parts(dict(tensors), storage_writer=writer)
     dist.barrier()  # until all have written
+
+
+def _file_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Which of the files of a process each tensor goes to, about evenly."""
+    sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    total, before, found = max(1, sum(sizes.values())), 0, {}
+    for name, size in sizes.items():
+        found[name] = 1 + FILES * before // total
+        before += size
+    return found
 
 
 def _load_tensors(path: Path, tree: Any, like: Like) -> dict[str, torch.Tensor]:
