@@ -639,8 +639,9 @@ N, TRAINS, ADAPTERS = 34_388_917_248, 2_033_225_728, 122_880_000  # of Yi; LISA 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        # two models; masters and moments of both among eight; gradients there during a sweep alone
-        (["stage=2"], {"weights": 4 * N, "states": 2 * 12 * N / 8, "gradients": 0.0}),
+        # two models; masters and moments of both among eight; in a sweep y's gradient of its first
+        # loss, which is there when the second reaches the head
+        (["stage=2"], {"weights": 4 * N, "states": 2 * 12 * N / 8, "gradients": 2 * N / 8}),
         (["stage=3"], {"weights": 4 * N / 8, "states": 3 * N, "gradients": 2 * 2 * N / 8}),
         (["stage=3", "offload=true"], {"weights": N / 2, "states": 0.0, "gradients": 0.0}),
         # one base in every process; float32 adapters whole, with masters, moments cut up

@@ -146,7 +146,8 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
     """Bytes on one device by part at the moments that may be the peak of a step.
 
     The copies are swept by turns, and step each after its sweep or all after the last. So the peak
-    is at the head or at the lowest block of the last sweep, or in the optimizer's step; of
+    is at the head or at the lowest block of the last pass of a sweep, or in the optimizer's step.
+    At that head there is a gradient already, of earlier passes: y's first is of its upper loss. Of
     gradients that are summed whole before they are shared, those of the present sweep only.
     """
     n, trained = of.total, made.trained(of)
@@ -167,9 +168,9 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
         fixed["output of the trunk"] = several * of.width * made.weight
     if made.buckets:
         fixed["buffers of gradients"] = made.buckets
-    several = passes.lower > 1
+    several = passes.lower > 1 or passes.upper > 0
     one = trained * made.gradient / made.gradient_shards * (not made.states_on_host)
-    own = trained * WIDE if made.deferred and (several or passes.upper) else one
+    own = trained * WIDE if made.deferred and several else one
     unit = made.unit(of) * made.gradient / made.gradient_shards
     before = ((made.learners if made.stays else min(made.resident, made.gradients)) - 1) * one
     early = {"gradients": (before + own * (several or made.stays)) * made.at_once}
