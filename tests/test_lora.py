@@ -14,7 +14,7 @@ import bilevel
 import bilevel.run
 from bilevel import Full, InputError, LoRA, Memory
 from bilevel.lora import Adapter
-from bilevel.problems.llm_reweight import verdict
+from bilevel.problems.llm_reweight import training
 from bilevel.problems.llm_reweight.placement import Placement, place
 from bilevel.problems.quadratic import Quadratic
 from bilevel.solve import start
@@ -293,13 +293,13 @@ def test_it_takes_a_part_of_the_memory():
 
 def test_a_run_writes_its_adapter_and_judges_with_adapters(tmp_path, capsys, monkeypatch):
     seen = []
-    evaluate = verdict.evaluate
+    evaluate = training.evaluate
 
     def spy(model, rows):
         seen.append(model)
         return evaluate(model, rows)
 
-    monkeypatch.setattr(verdict, "evaluate", spy)
+    monkeypatch.setattr(training, "evaluate", spy)
     for name in ("good", "bad", "target"):
         rows = [{"text": f"{name} {i} " * 4} for i in range(24)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))

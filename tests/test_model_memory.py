@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import InputError, checkpoint
-from bilevel.problems.llm_reweight import LLMReweight, verdict
+from bilevel.problems.llm_reweight import LLMReweight, training, verdict
 from bilevel.problems.llm_reweight.losses import is_direct, token_losses
 from bilevel.problems.llm_reweight.model import load_model, tiny_model
 from bilevel.problems.llm_reweight.placement import Placement, place, resolve
@@ -387,7 +387,7 @@ def test_the_verdict_trains_half_precision_as_it_trains_float32(work):
     falls = []
     for dtype in ("float32", "bfloat16"):
         problem = LLMReweight(**files, dtype=dtype, batch=8, verdict_steps=30, verdict_lr=size)
-        before = verdict.evaluate(problem.fresh_model(1000), problem.targets[0].test)
+        before = training.evaluate(problem.fresh_model(1000), problem.targets[0].test)
         after = verdict.train(problem, {"sea": 0.5, "law": 0.5}, seed=0)
         falls.append(before - after)
     assert falls[0] > 0.02

@@ -93,14 +93,15 @@ def test_a_wrong_option_is_named(arguments, words, capsys, here):
 
 
 def test_faults_of_all_parts_come_together(here, capsys):
-    (here / "bad.jsonl").write_text('{"text": null}\n')
+    for name in ("bad.jsonl", "worse.jsonl"):
+        (here / name).write_text('{"text": null}\n')
     wrong = ["stepz=1", "seed=-1", "lower_lr=0", "memory=lisa", "gamma=0", "launcher.threads=x"]
-    assert main([LLM, *wrong, "sources=bad.jsonl none.jsonl", "target=bad.jsonl", "width=7"]) == 2
+    assert main([LLM, *wrong, "sources=bad.jsonl none.jsonl", "target=worse.jsonl", "width=7"]) == 2
     text = capsys.readouterr().err
     for word in ("stepz", "seed", "lr=0", "gamma", "threads", "width", "null", "none.jsonl"):
         assert word in text
     assert len(text.splitlines()) == 9
-    assert {p.name for p in here.iterdir()} == {"bad.jsonl"}
+    assert {p.name for p in here.iterdir()} == {"bad.jsonl", "worse.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_sources_in_a_config(here, sources):
         ({"problem": "llm_reweight", "steps": 2.5}, "steps must be a whole number, got 2.5."),
         ({"problem": "llm_reweight", "steps": [2]}, "steps must be a whole number, got [2]."),
         ({"problem": "llm_reweight", "steps": True}, "steps must be a whole number, got True."),
-        ({"problem": "llm_reweight", "target": {"a": 1}}, "problem.target must be text"),
+        ({"problem": "llm_reweight", "model": {"a": 1}}, "problem.model must be text"),
         ({"problem": {"name": "llm_reweight", "soruces": ["a"]}}, "nearest is problem.sources"),
         ({"problem": {"soruces": ["a"]}}, "problem=NAME is missing"),
         ({"problem": "llm_reweight", 7: 1}, "unknown key 7"),
