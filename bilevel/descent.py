@@ -107,6 +107,14 @@ def implicit_gradient(
     return plus(upper.x, bend.cross(v), -1.0)
 
 
+def warm_start(state: State) -> Vector | None:
+    """The v of the last `implicit_gradient`, None where it met no or negative curvature.
+
+    A start from such a v lets what it has along those directions grow from step to step.
+    """
+    return None if state.numbers.get("curvature") else state.vectors.get("v")
+
+
 def move_upper(launcher: Launcher, state: State, gradient: Vector) -> None:
     """One step of x's optimizer along `gradient`; sets `numbers["change"]`.
 

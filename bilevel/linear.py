@@ -96,8 +96,10 @@ class CG(LinearSolver):
 
         v = _zeros(b) if start is None else [t.clone() for t in start]
         r = [t.clone() for t in b] if start is None else _plus(b, damped(v), -1.0)
-        goal = self.tolerance * norm(b)
-        size = norm(r)
+        whole, size = norm(b), norm(r)
+        if not size <= whole:  # zero is a better start, as after H has become indefinite
+            v, r, size = _zeros(b), [t.clone() for t in b], whole
+        goal = self.tolerance * whole
         s = self.precondition(r) if self.precondition else r
         p, rs = s, float(dot(r, s)) if self.precondition else size**2
         pp, largest = size**2, 0.0

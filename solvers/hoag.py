@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from bilevel.descent import begin, finite_norm, implicit_gradient, move_upper, set_lr
+from bilevel.descent import begin, finite_norm, implicit_gradient, move_upper, set_lr, warm_start
 from bilevel.launch import Launcher
 from bilevel.linear import CG, norm
 from bilevel.memory import Memory
@@ -158,7 +158,7 @@ class HOAG(Solver):
         bend = oracle.curvature(x, y, next(state.streams["lower"]))
         share = accuracy / max(norm(upper.y), accuracy)  # CG's tolerance is relative
         linear = CG(steps=self.linear_steps, tolerance=share)
-        return implicit_gradient(state, upper, bend, linear, start=state.vectors.get("v"))
+        return implicit_gradient(state, upper, bend, linear, start=warm_start(state))
 
     def _adapt(self, state: State, before: float, slack: float) -> None:
         """The rule for L, given f at the last step and what inexactness may add to a difference."""

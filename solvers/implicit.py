@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from bilevel import staged
-from bilevel.descent import begin, descend, implicit_gradient, move_upper
+from bilevel.descent import begin, descend, implicit_gradient, move_upper, warm_start
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.linear import (
@@ -164,7 +164,7 @@ class AID(Solver):
             bend = staged.StagedCurvature(lower, oracle, x.value, y.value, lower_batch)
         else:
             bend = self._curvature(oracle, x.value, y.value, lower_batch)
-        start = state.vectors.get("v") if self.warm else None
+        start = warm_start(state) if self.warm else None
 
         def fresh(v: Vector) -> Vector:
             batch = next(state.streams["lower"])

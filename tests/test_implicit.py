@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 import bilevel
 from bilevel.descent import descend
+from bilevel.linear import norm
 from bilevel.options import parse
 from bilevel.problems.quadratic import Quadratic
 from bilevel.problems.softmax_mixture import SoftmaxMixture
+from bilevel.solve import start
 from bilevel.solvers.implicit import AID, amigo, stocbio, t1t2
 
 quadratics = st.builds(
@@ -109,6 +111,25 @@ def test_a_singular_lower_level_is_reported():
     )
     assert result.evidence["curvature"] == 1.0
     assert any("not strongly convex" in words for words in result.warnings)
+
+
+def test_warm_starts_do_not_grow_where_h_is_indefinite():
+    """Each solve meets negative curvature; started from each other they grew to 1e14."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64))[0]
+    values = torch.randn(12, generator=generator.manual_seed(2), dtype=torch.float64) + 0.4
+    matrix = vectors @ torch.diag(values) @ vectors.T
+    problem = bilevel.Functions(
+        lambda x, y: (y - 1).square().sum() / 2 + y.sum(),
+        lambda x, y: y @ matrix @ y / 2 - x * y.sum(),
+        torch.ones((), dtype=torch.float64),
+        torch.zeros(12, dtype=torch.float64),
+    )
+    solver = AID(lower_lr=1e-3, linear_steps=6, linear_tolerance=0.0, upper_lr=1e-3)
+    state = start(problem, solver)
+    for _ in range(40):
+        state = solver.step(problem, bilevel.Single(), state)
+        assert norm(state.vectors["v"]) < 10
 
 
 def test_what_never_moves_is_said():

@@ -154,6 +154,16 @@ def test_cg_stops_at_negative_curvature():
     assert result.status is LinearStatus.CURVATURE
 
 
+def test_cg_starts_at_zero_where_its_start_is_worse():
+    matrix = torch.diag(torch.tensor([1.0, 10.0, 100.0])).double()
+    b, far = torch.ones(3).double(), split(1e20 * torch.ones(3).double())
+    v, result = solved(CG(steps=4, tolerance=1e-10), matrix, b, far)
+    assert result.status is LinearStatus.CONVERGED and result.products == 4  # one for the start
+    torch.testing.assert_close(v, torch.linalg.solve(matrix, b))
+    near = split(torch.tensor([0.9, 0.1, 0.01], dtype=torch.float64))
+    assert solved(CG(steps=2), matrix, b, near)[1].residual < 1e-9  # kept: one step is left
+
+
 def test_cg_says_that_a_singular_system_is_singular():
     matrix = torch.diag(torch.tensor([1.0, 0.0])).double()
     _, result = solved(CG(), matrix, torch.tensor([1.0, 1.0]).double())
