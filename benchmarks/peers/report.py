@@ -216,26 +216,29 @@ def _plot(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(5 * len(names), 8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(names), squeeze=False)
+    labels = list(dict.fromkeys((r["peer"], r["method"]) for r in rows if r["kind"] == "curve"))
+    peers = list(dict.fromkeys(peer for peer, _ in labels))
+    colors = {peer: "black" if peer == "ours" else f"C{k}" for k, peer in enumerate(peers)}
     for column, name in enumerate(names):
         drawn = [r for r in rows if r["kind"] == "curve" and r["task"] == name and r.get("upper")]
-        for i, r in enumerate(drawn):
-            label = f"{r['peer']} {r['method']}"
-            style: dict[str, Any] = {
-                "marker": "osv^DPX*"[i // 10 % 8],
-                "markersize": 3,
-                "label": label,
-            }
-            style |= {"linewidth": 2.2 if r["peer"] == "ours" else 1.0}
-            axes[0][column].plot(r["wall"], r["upper"], **style)
+        for r in drawn:
+            peer, method = r["peer"], r["method"]
+            label = f"{peer} {method}"
+            style: dict[str, Any] = {"markersize": 4, "label": label, "color": colors[peer]}
+            own = [m for p, m in labels if p == peer]
+            style |= {"marker": "osv^D"[own.index(method) % 5]}
+            style |= {"linewidth": 2.2, "zorder": 3} if peer == "ours" else {"linewidth": 1.0}
+            axes[0][column].plot(r["cpu"], r["upper"], **style)
             calls = CALLS.get(r["family"].split(",")[0])
             if calls:
                 axes[1][column].plot([calls * s for s in r["step"]], r["upper"], **style)
-        axes[0][column].set(title=name, xscale="log", xlabel="seconds")
+        axes[0][column].set(title=name, xscale="log", xlabel="CPU seconds")
         axes[1][column].set(xscale="log", xlabel="oracle calls")
         for line in (axes[0][column], axes[1][column]):
             line.grid(alpha=0.3)
             line.set_ylabel("upper loss, lower level solved again")
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    shown = {h.get_label(): h for ax in axes.flat for h in ax.get_lines()}
+    figure.legend(handles=list(shown.values()), loc="outside right upper", fontsize=9)
     figure.savefig(path, dpi=90)
 
 
