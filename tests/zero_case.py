@@ -261,7 +261,7 @@ def held_and_planned(memory, dtype, launcher):
     host = footprint._host(shape, made, 2)
     return held, {
         "value": parts["weights"] + parts["adapters"],
-        "gradient": parts["gradients"],
+        "gradient": parts["gradients"] if made.stays else 0.0,  # the others go with the step
         "optimizer": parts["master copies and optimizer"],
         "on the host": host.get("states and gradients of both copies", 0.0) / 2,
     }
