@@ -38,6 +38,7 @@ SOLVERS = {
     "recursive": RecursivePenalty(warmup=1),
     "tree": Penalty(inner_steps=3, warmup=1, upper_optimizer="sgd", upper_step="normalized"),
     "tied": scalebio(warmup=1),
+    "targets": scalebio(warmup=2, clip=1.0),
     "tree-joint": VPBGD(inner_steps=2, rise=3),
 }
 CASES = [
@@ -50,6 +51,8 @@ CASES = [
     *(("fsdp2", "full", solver, 0) for solver in ("penalty", "vpbgd", "recursive")),
     *(("ddp", "full", solver, 0) for solver in ("tree", "tree-joint")),
     *(("fsdp2", memory, "tied", 0) for memory in ("full", "lisa")),
+    ("fsdp2", "full", "targets", 0),
+    ("ddp", "lisa", "targets", 3),
 ]
 STEPS = 10
 
@@ -118,7 +121,11 @@ class Tied(Problem):
 def problem_of(folder: Path, solver: str, micro_batch: int) -> Problem:
     if solver.startswith("tree"):
         return Rows()
-    return Tied() if solver == "tied" else llm(folder, micro_batch)
+    problem = llm(folder, micro_batch)
+    if solver == "targets":
+        paths = (f"near={folder / 'target.jsonl'}", f"other={folder / 'other.jsonl'}")
+        problem = replace(problem, target=paths, target_weight=("other=0.5",))
+    return Tied() if solver == "tied" else problem
 
 
 @cache

@@ -42,6 +42,7 @@ def folder(tmp_path_factory):
         "fair": "one red blue",
         "bad": "qx zv kw",
         "target": "one two",
+        "other": "red one",
     }
     for name, text in words.items():
         rows = [{"text": f"{text} {i} " * (1 + i % 3)} for i in range(16 + len(name))]
