@@ -18,8 +18,6 @@ from bilevel.problems.llm_reweight.records import (
     overlaps,
     read_sources,
 )
-from bilevel.problems.llm_reweight.templates import Style
-from bilevel.problems.llm_reweight.tokens import Rows
 
 if TYPE_CHECKING:
     from bilevel.problems.llm_reweight.problem import LLMReweight
@@ -36,6 +34,11 @@ class Data:
     notes: tuple[str, ...] = ()
     relevant: tuple[str, ...] = ()
     """Sources known to be the right ones: those of the embedded demonstration."""
+
+    @property
+    def files(self) -> list[Source]:
+        """Everything that is read: sources, targets, test sets."""
+        return [*self.sources.values(), *self.targets.values(), *self.tests.values()]
 
 
 def read(options: LLMReweight) -> Data:
@@ -111,27 +114,6 @@ def reading(options: LLMReweight, name: str) -> Reading:
     """How the records of a source are taken."""
     columns = _columns(options.columns, [*_named(options.sources), *_held(options)])
     return _reading(options, columns.get(name, ()))
-
-
-def describe(source: Source, rows: Rows, style: Style) -> str:
-    """How a source was taken, in words for the user."""
-    written = ""
-    if any(example.chat is not None for example in source.examples[:1]):
-        own = style.template in ("auto", "tokenizer")
-        written = " written with " + ("the tokenizer's template" if own else style.template)
-    about = "" if rows.estimate is None else "about "
-    words = [
-        f"{source.format}{written}",
-        f"{len(source.examples):,} records",
-        f"{source.size:,} bytes",
-        f"{len(rows):,} rows",
-        f"{about}{rows.trained_tokens:,} trained tokens",
-        f"{rows.truncated} truncated",
-        f"{rows.duplicates} duplicates left out",
-    ]
-    if rows.skipped:
-        words.append(f"{rows.skipped} that cannot be written or trained on left out")
-    return ", ".join(words)
 
 
 def _named(sources: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

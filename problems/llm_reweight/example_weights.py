@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from bilevel.checkpoint import replace_text
 from bilevel.problems.llm_reweight import by_target, verdict
 from bilevel.problems.llm_reweight.journal import Journal
-from bilevel.problems.llm_reweight.per_example import Members, Pooled
-from bilevel.problems.llm_reweight.problem import LLMReweight, example_words
+from bilevel.problems.llm_reweight.per_example import Members, Pooled, words
+from bilevel.problems.llm_reweight.problem import LLMReweight
 from bilevel.problems.llm_reweight.tokens import collate
 from bilevel.problems.llm_reweight.training import adamw, fresh
 
@@ -50,7 +50,7 @@ def sentence(result: Any) -> str:
     """What the last step says of all examples."""
     numbers = result.history[-1]["examples"]
     return (
-        f"{numbers['count']:,} examples have {example_words(numbers)}, as much as even weights on "
+        f"{numbers['count']:,} examples have {words(numbers)}, as much as even weights on "
         f"{numbers['effective_share']:.0%} of the rows; see example_weights.jsonl"
     )
 

@@ -12,6 +12,7 @@ from torch import nn
 from bilevel import InputError, processes
 from bilevel.outline import Files, Sent, attach, stood_in
 from bilevel.problems.llm_reweight import model as model_module
+from bilevel.problems.llm_reweight.building import chunk_faults
 from bilevel.problems.llm_reweight.losses import KNOWN, is_direct
 from bilevel.problems.llm_reweight.placement import place
 
@@ -72,7 +73,7 @@ def _checked(problem: LLMReweight, model: nn.Module) -> bool:
     """
     rows = {"length": problem.max_length, "vocabulary": len(problem.tokenizer)}
     with stood_in(model):
-        faults = model_module.unfit(model, problem.model, **rows) + problem.chunk_faults(model)
+        faults = model_module.unfit(model, problem.model, **rows) + chunk_faults(problem, model)
         if faults:
             raise InputError(faults)
         return is_direct(model)

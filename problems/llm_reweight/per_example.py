@@ -143,3 +143,8 @@ class Pooled(Stream):
 def weights_of(x: Tensor, batch: Batch) -> Tensor:
     """[rows], the softmax of the logits of a batch's rows over the whole batch."""
     return (x[batch.source] - x[batch.pool].logsumexp(0)).exp()
+
+
+def words(numbers: dict[str, float]) -> str:
+    """How far the weights of examples are apart, by the numbers of `Members.summary`."""
+    return f"from {numbers['least']:.2f} to {numbers['largest']:.2f} times an even weight"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,31 +14,28 @@ from torch import Tensor, nn
 from bilevel import InputError, Launcher, Memory, Problem, Solver, Stream, processes
 from bilevel.cards import Card
 from bilevel.footprint import Footprint, Work
-from bilevel.problems.llm_reweight import checks
+from bilevel.problems.llm_reweight import (
+    building,
+    checks,
+    fingerprint,
+    footprint,
+    not_finite,
+    parts,
+    paths,
+    progress,
+    rehearsal,
+)
 from bilevel.problems.llm_reweight import data as data_module
 from bilevel.problems.llm_reweight import exports as exports_module
-from bilevel.problems.llm_reweight import model as model_module
 from bilevel.problems.llm_reweight import per_example as per_example_module
 from bilevel.problems.llm_reweight import placement as placement_module
 from bilevel.problems.llm_reweight import targets as targets_module
 from bilevel.problems.llm_reweight import templates as templates_module
+from bilevel.problems.llm_reweight import tokenized as tokenized_module
 from bilevel.problems.llm_reweight import weighting as weighting_module
-from bilevel.problems.llm_reweight.examples import Source
 from bilevel.problems.llm_reweight.ledger import Ledger
-from bilevel.problems.llm_reweight.losses import is_direct
-from bilevel.problems.llm_reweight.tokens import (
-    Batch,
-    Rows,
-    Stratified,
-    cut,
-    distinct,
-    every,
-    tokenize,
-)
-from bilevel.quantized import stays_on_the_host
-
-MOST_SHOWN = 4
-"""Targets in the progress line, at most."""
+from bilevel.problems.llm_reweight.model import example_losses
+from bilevel.problems.llm_reweight.tokens import Batch, Rows, Stratified, cut, every
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,58 +162,33 @@ class LLMReweight(Problem):
         )
 
     @cached_property
-    def tokenizer(self) -> Any:
-        if self.model != "tiny":
-            return model_module.load_tokenizer(self.model)
-        sources = [self.data.sources[name] for name in sorted(self.data.sources)]
-        template = templates_module.named(self.style.template, end=model_module.TINY_END)
-        pieces = (
-            templates_module.write(example, self.style, template)[0]
-            for source in sources
-            for example in distinct(source, 2000)
-        )
-        return model_module.tiny_tokenizer(text for segments in pieces for text, _ in segments)
-
-    @cached_property
     def style(self) -> templates_module.Style:
-        """How records are written; the tiny model's own template is chatml."""
-        own = self.model == "tiny" and self.template in ("auto", "tokenizer")
-        return templates_module.Style(
-            template="chatml" if own else self.template,
-            train_on_prompt=self.train_on_prompt,
-            last_turn_only=self.last_turn_only,
-        )
+        """How records are written."""
+        return building.style(self)
 
     @cached_property
-    def _tokenized(self) -> list[Rows]:
-        """The sources in the order of the weights, the targets and the test sets."""
-        found, faults = [], []
-        for source in self._files:
-            try:
-                found.append(
-                    tokenize(
-                        source,
-                        self.tokenizer,
-                        max_length=self.max_length,
-                        style=self.style,
-                        skip=self.on_bad_record == "skip",
-                    )
-                )
-            except InputError as error:
-                faults += error.faults
-        if faults:
-            raise InputError(faults)
-        return found
+    def tokenizer(self) -> Any:
+        return building.tokenizer(self)
+
+    @cached_property
+    def tokenized(self) -> tokenized_module.Tokenized:
+        """All data as rows."""
+        return tokenized_module.read(self)
+
+    @property
+    def rows(self) -> list[Rows]:
+        """The rows of the sources, in the order of the weights."""
+        return self.tokenized.sources
+
+    @property
+    def targets(self) -> list[targets_module.Target]:
+        """The rows of the targets and their test sets."""
+        return self.tokenized.targets
 
     @cached_property
     def ledger(self) -> Ledger:
         """What the sweeps of a step have seen of each source."""
         return Ledger()
-
-    @property
-    def rows(self) -> list[Rows]:
-        """The tokenized sources, in the order of the weights."""
-        return self._tokenized[: len(self.data.sources)]
 
     @cached_property
     def weighting(self) -> weighting_module.Weighting:
@@ -239,27 +211,9 @@ class LLMReweight(Problem):
         return targets_module.weights(self)
 
     @cached_property
-    def targets(self) -> list[targets_module.Target]:
-        """The tokenized targets and their test sets."""
-        found = self._tokenized[len(self.data.sources) :]
-        half = len(found) // 2
-        return [
-            targets_module.Target(name=name, weight=weight, rows=rows, test=test)
-            for (name, weight), rows, test in zip(
-                self.target_weights.items(), found[:half], found[half:], strict=True
-            )
-        ]
-
-    @cached_property
     def target_ledger(self) -> Ledger:
         """What the sweeps of a step have seen of each of several targets."""
         return Ledger()
-
-    @property
-    def _files(self) -> list[Source]:
-        """Everything that is read: sources, targets, test sets."""
-        held = [*self.data.targets.values(), *self.data.tests.values()]
-        return [*self.data.sources.values(), *held]
 
     @property
     def names(self) -> list[str]:
@@ -269,59 +223,19 @@ class LLMReweight(Problem):
         return checks.option_faults(self)
 
     def fingerprint(self) -> dict[str, Any]:
-        held = ("sources", "target", "test", "model", "allow_overlap", "verdict", "on_bad_record")
-        held += ("export", "transfer", "compare", "compare_tokens", "target_weight")
-        held += ("device", "attention", "checkpointing", "loss_chunk")  # change rounding only
-        own = {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name not in held and not field.name.startswith("verdict_")
-        }
-        own |= {"targets": self.target_weights} if len(self.target_weights) > 1 else {}
-        own |= {"order": self.names, "model": model_module.identity(self.model)}
-        own["dtype"] = str(self.placement.dtype).removeprefix("torch.")
-        return own | {f"file of {source.name}": source.identity for source in self._files}
+        return fingerprint.of(self)
 
     def prepare(self) -> list[str]:
         """Tokenize everything; returns what was found, in lines for the user."""
-        faults = []
-        lines = list(self.data.notes)
-        each = self.weigh == "examples"
-        per_source = 1 if each else self.batch // len(self.names)
-        if each and sum(map(len, self.rows)) < self.batch:
-            faults.append(f"problem.batch={self.batch} exceeds all rows there are; lower it.")
-        for rows in self.rows:
-            if len(rows) < per_source:
-                faults.append(
-                    f"source {rows.name} has {_count(rows)}, expected at least the {per_source} of "
-                    "one batch; fix: give it more records or lower problem.batch."
-                )
-        for rows in (r for target in self.targets for r in (target.rows, target.test)):
-            if len(rows) < 2:
-                faults.append(
-                    f"{rows.name} has {_count(rows)}, expected at least 2; fix: give it more "
-                    "records."
-                )
-        if faults:
+        if faults := tokenized_module.faults(self):
             raise InputError(faults)
-        for rows, source in zip(self.rows, self.data.sources.values(), strict=True):
-            lines.append(f"source {rows.name}: {data_module.describe(source, rows, self.style)}")
-        drawn = targets_module.shared_out(self.targets, self.target_batch)
-        for target, count in zip(self.targets, drawn, strict=True):
-            several = len(self.targets) > 1
-            head = f"target {target.name}, weight {target.weight:.3g}" if several else "target"
-            each = f", {count} in each batch" if several else ""
-            size = f"{len(target.rows):,} rows{each}; test: {len(target.test):,} rows"
-            lines.append(f"{head}: {size}")
-        return lines
+        return [*self.data.notes, *tokenized_module.lines(self)]
 
     def init(self, generator: torch.Generator) -> tuple[Tensor, nn.Module]:
         seed = int(torch.randint(2**31, (), generator=generator))
         return self._logits(), self.fresh_model(seed, by_engine=processes.expected() > 1)
 
     def outline(self, generator: torch.Generator) -> tuple[Tensor, nn.Module]:
-        from bilevel.problems.llm_reweight import parts
-
         seed = int(torch.randint(2**31, (), generator=generator))
         return self._logits(), parts.outline(self, seed)
 
@@ -340,32 +254,11 @@ class LLMReweight(Problem):
             seed: Of random weights.
             by_engine: Whether it stays on the CPU, for an engine to move its shards.
         """
-        size = len(self.tokenizer)
-        placement = replace(self.placement, by_engine=by_engine or stays_on_the_host())
-        if self.model == "tiny":
-            shape = {"layers": self.layers, "width": self.width}
-            model = model_module.tiny_model(size, **shape, seed=seed, placement=placement)
-            is_direct(model)  # asked now, before several processes share it
-            return model
-        model = model_module.load_model(
-            self.model, length=self.max_length, vocabulary=size, placement=placement
-        )
-        if faults := self.chunk_faults(model):
-            raise InputError(faults)
-        return model
-
-    def chunk_faults(self, model: nn.Module) -> list[str]:
-        """Why the loss of a model cannot be taken in the chunks that are asked for."""
-        if is_direct(model) or not self.loss_chunk:
-            return []
-        return [
-            f"problem.loss_chunk={self.loss_chunk} cannot be used with problem.model={self.model}, "
-            "which changes the logits after its head; leave it out."
-        ]
+        return building.model(self, seed, by_engine=by_engine)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """[rows], the loss of each row."""
-        return model_module.example_losses(model, batch, chunk=self.loss_chunk)
+        return example_losses(model, batch, chunk=self.loss_chunk)
 
     def batches(self, generator: torch.Generator) -> tuple[Stream, Stream]:
         seed = int(torch.randint(2**31, (), generator=generator)) ^ self.data_seed
@@ -438,70 +331,36 @@ class LLMReweight(Problem):
         return each if self.weigh == "examples" else {}
 
     def explain(self, x: Tensor, y: nn.Module, batch: Batch) -> str:
-        moving = [p for p in y.parameters() if p.requires_grad]
-        bad = []
-        for row in cut(batch, 1):
-            loss = self.losses(y, row).sum()
-            grads = torch.autograd.grad(loss, moving, allow_unused=True)
-            if not all(bool(t.isfinite().all()) for t in (loss, *grads) if t is not None):
-                bad += row.labels
-        if not bad:
-            return ""
-        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-        return (
-            f"not finite for {len(bad)} of {len(batch.labels)} rows (source:record from 0): "
-            f"{', '.join(bad[:8])}{more}"
-        )
+        return not_finite.sentence(self.losses, y, batch)
 
     def on(self, card: Card) -> LLMReweight:
-        from bilevel.problems.llm_reweight import footprint
-
         return footprint.on(self, card)
 
     def unread(self) -> LLMReweight:
         return replace(self, sources=(), target="", test="", target_weight=())
 
     def number(self, memory: Memory) -> torch.dtype:
-        from bilevel.problems.llm_reweight import footprint
-
         return footprint.number(self, memory)
 
     def shared(self, devices: int, given: Set[str]) -> tuple[LLMReweight, tuple[str, ...]]:
-        from bilevel.problems.llm_reweight import footprint
-
         return footprint.shared(self, devices, given)
 
     def footprint(
         self, work: Work, memory: Memory, launcher: Launcher, devices: int, steps: int
     ) -> Footprint:
-        from bilevel.problems.llm_reweight import footprint
-
         return footprint.footprint(self, work, memory, launcher, devices, steps)
 
     def measured(self, solver: Solver, memory: Memory) -> tuple[float, float]:
-        from bilevel.problems.llm_reweight import rehearsal
-
         return rehearsal.measured(self, solver, memory)
 
     def timed(self, solver: Solver, memory: Memory) -> tuple[float, float]:
-        from bilevel.problems.llm_reweight import rehearsal
-
         return rehearsal.timed(self, solver, memory)
 
     def rooted(self) -> LLMReweight:
-        from bilevel.problems.llm_reweight import paths
-
         return paths.rooted(self)
 
     def headline(self, record: dict[str, Any]) -> str:
-        """The words of the progress line."""
-        top = sorted(record["weights"].items(), key=lambda item: -item[1])[:3]
-        words = " ".join(f"{name} {weight:.2f}" for name, weight in top)
-        if "examples" in record:
-            words += f" | examples {example_words(record['examples'])}"
-        each = {name: loss for name, loss in record.get("targets", {}).items() if loss is not None}
-        shown = ", ".join(f"{name} {loss:.3f}" for name, loss in [*each.items()][:MOST_SHOWN])
-        return f"target loss {record['upper']:.3f}{f' ({shown})' * bool(shown)} | {words}"
+        return progress.headline(record)
 
     def exporter(self) -> exports_module.Export:
         return exports_module.Export()
@@ -534,12 +393,3 @@ def from_records(
     ['a', 'b']
     """
     return LLMReweight(sources=dict(sources), target=target, test=test, **options)
-
-
-def example_words(numbers: dict[str, float]) -> str:
-    """How far the weights of examples are apart."""
-    return f"from {numbers['least']:.2f} to {numbers['largest']:.2f} times an even weight"
-
-
-def _count(rows: Rows) -> str:
-    return "1 row" if len(rows) == 1 else f"{len(rows)} rows"

@@ -103,7 +103,7 @@ def transferred(
     """What `compare` returns where the fresh models are those of `problem.transfer`."""
     name = problem.transfer
     other = another(problem, name)
-    kept = ["data"] + (["tokenizer", "_tokenized"] if problem.model == other.model else [])
+    kept = ["data"] + (["tokenizer", "tokenized"] if problem.model == other.model else [])
     vars(other).update({key: getattr(problem, key) for key in kept})  # as cached_property would
     judged = compare(other, mixtures, like, journal=journal, where=name)
     judged["sentences"] = [f"on {name}: {line}" for line in judged["sentences"]]
