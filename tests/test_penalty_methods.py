@@ -1,9 +1,10 @@
-"""Members of the penalty family: what each reaches, what it costs, what it keeps."""
+"""Members of the penalty family: what each reaches, keeps, and refuses."""
 
 import itertools
 
 import pytest
 import torch
+from penalty_case import MEMBERS, ZERO, NoisyQuadratic, distance
 
 import bilevel
 from bilevel import Single
@@ -16,30 +17,8 @@ from bilevel.problems.quadratic import Quadratic
 from bilevel.problems.simplex import Simplex
 from bilevel.problems.softmax_mixture import SoftmaxMixture
 from bilevel.problems.toy import Toy
-from bilevel.solvers.penalty import VPBGD, Penalty, RecursivePenalty, accf2ba, f2ba, f2sa2, proximal
-from bilevel.solvers.penalty.stencils import stencil
-from bilevel.solvers.penalty.sweeps import Point, Seen, bends_down, draw_in
+from bilevel.solvers.penalty import VPBGD, Penalty, RecursivePenalty, accf2ba, f2ba, proximal
 from bilevel.tree import leaves
-
-ZERO = torch.zeros((), dtype=torch.float64)
-SGD = {"upper_optimizer": "sgd", "upper_lr": 0.1}
-MEMBERS = {
-    "order 1": Penalty(stencil=1, **SGD),
-    "order 2": Penalty(**SGD),
-    "order 3": Penalty(stencil=3, **SGD),
-    "order 4": Penalty(stencil=4, **SGD),
-    "proximal": proximal(**SGD),
-    "accelerated": accf2ba(upper_lr=0.03),
-    "normalized": f2sa2(upper_step="normalized", **SGD),
-    "joint": VPBGD(),
-    "recursive": RecursivePenalty(eta=0.3, upper_lr=0.02),
-    "recursive without memory": RecursivePenalty(eta=1.0),
-}
-
-
-def distance(result, problem):
-    return float((result.x - problem.solution().x).norm())
-
 
 BIAS = {  # of x for the quadratic below, at the penalty that each ends with
     "order 1": 1e-5,
@@ -171,14 +150,6 @@ def test_many_minimizers_give_the_optimistic_solution_with_error_in_nu(prox):
     assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.1) and errors[1] < 0.1
 
 
-def test_order_2_falls_back_where_many_minimizers_leave_it_no_minimum():
-    problem = ManyMinimisers(dim_x=2)
-    solver = Penalty(lower_lr=0.15, max_penalty=100.0, **SGD)
-    result = bilevel.solve(problem, solver, steps=800)
-    assert result.evidence["stencil"] == 1
-    assert distance(result, problem) < 0.001  # measured 0.0005; it waits for w, of curvature nu
-
-
 @pytest.mark.parametrize("name", ["order 1", "order 2", "proximal", "recursive", "joint"])
 def test_goes_down_on_a_nonconvex_lower_level(name):
     problem = NonconvexPL()
@@ -189,50 +160,6 @@ def test_goes_down_on_a_nonconvex_lower_level(name):
     known = problem.solution()
     before = known.hypergradient(problem.init(torch.Generator())[0]).norm()
     assert float(known.hypergradient(result.x).norm()) < 0.1 * float(before)
-
-
-@pytest.mark.parametrize(("curvature", "falls_back"), [(0.5, False), (0.9, False), (2.0, True)])
-def test_the_stencil_falls_back_where_g_minus_nu_f_bends_down(curvature, falls_back):
-    """g - nu f has curvature 1 - nu c, at nu = 1 and before the penalty grows."""
-    places = []
-    result = bilevel.minimize(
-        lambda x, y: 0.5 * curvature * (y - 1) ** 2,
-        lambda x, y: 0.5 * (y - x) ** 2,
-        ZERO,
-        ZERO,
-        solver=Penalty(penalty=1.0, upper_optimizer="sgd", upper_lr=0.1),
-        steps=200,
-        callback=lambda state, record: places.append((record["doubts"], float(record["stencil"]))),
-    )
-    assert result.evidence["stencil"] == (1 if falls_back else 2)
-    assert any(doubt for doubt, _ in places) == falls_back
-    assert float(result.x) == pytest.approx(1.0, abs=1e-3)
-
-
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_copies_are_drawn_in_where_they_belong(order):
-    """On quadratics y_j = y* + j nu d + O(nu^2): the error after is of that order, not nu."""
-    problem = Quadratic(condition=5.0)
-    x = torch.ones(3, dtype=torch.float64)
-    d = problem.data()
-
-    def exact(weight):
-        right = d["B"] @ x + d["b"] + weight * (d["C"].T @ d["c"] - d["D"].T @ x)
-        return torch.linalg.solve(d["A"] + weight * d["C"].T @ d["C"], right)
-
-    gaps = []
-    for nu in (1e-3, 5e-4):
-        points = [
-            Point(
-                copy=bilevel.Variable(str(j), exact(j * nu), torch.optim.SGD),
-                weight=j * nu / 1.1,
-                share=0.0,
-            )
-            for j in stencil(order)
-        ]
-        draw_in(points, 1 / 1.1)
-        gaps.append(max(float((p.copy.value.detach() - exact(p.weight)).norm()) for p in points))
-    assert 3.6 <= gaps[0] / gaps[1] <= 4.4
 
 
 def test_the_estimate_does_not_lag_behind_a_growing_penalty():
@@ -266,22 +193,6 @@ def test_the_default_learns_regularization_although_y_is_never_solved():
     assert value(found.x) < 0.85 * value(x)  # measured 0.311 of 0.389; 1.55 without drawing in
 
 
-@pytest.mark.parametrize(("scaled", "bends"), [(-1.01, True), (-0.99, False), (1.01, False)])
-@pytest.mark.parametrize("rho", [0.0, 100.0])
-def test_curvature_between_copies_has_the_right_sign(scaled, bends, rho):
-    """g + w f has curvature 1 + 2 w on every segment; a prox term adds 1 / rho."""
-    y, z, b = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    g, f = (lambda v: 0.5 * (v + b).square().sum()), (lambda v: (v - b).square().sum())
-    weight = scaled * (1 + (1 / rho if rho else 0)) / 2
-    anchor, probe = (
-        Point(copy=bilevel.Variable(n, v.clone(), torch.optim.SGD), weight=w, share=0.0)
-        for n, v, w in (("y", y, -weight), ("z", z, weight))
-    )
-    (g(probe.copy.value) + weight * f(probe.copy.value)).backward()
-    seen = tuple(Seen(upper=float(f(v)), lower=float(g(v))) for v in (y, z))
-    assert bends_down(anchor, probe, seen, rho) == bends
-
-
 def test_a_gap_warns_by_its_sign():
     """Positive: the bias of the penalty. Negative: z is behind y, told only if it outweighs f."""
     row = {"step": 1, "upper": 2.0, "change": 1.0}
@@ -289,155 +200,6 @@ def test_a_gap_warns_by_its_sign():
     assert not words[0.1] and not words[-0.3]
     assert warnings([row | {"penalty_gap": -0.3, "stencil": 2}])
     assert "raise the penalty" in words[0.3][0] and "not solved" in words[-3.0][0]
-
-
-def test_x_is_held_while_the_stencil_is_in_doubt():
-    moves, apart = [], []
-
-    def look(state, record):
-        moves.append((record.get("doubts"), record["stencil"], float(record.get("change", 0.0))))
-        apart.append(float((state.variables["y"].value - state.variables["z"].value).detach()))
-
-    solver = Penalty(penalty=0.5, warmup=0, patience=5, upper_optimizer="sgd", upper_lr=0.1)
-    bilevel.minimize(
-        lambda x, y: (y - 1) ** 2,
-        lambda x, y: 0.5 * (y - x) ** 2,
-        ZERO,
-        ZERO,
-        solver=solver,
-        steps=6,
-        callback=look,
-    )
-    assert [m[:2] for m in moves[:4]] == [(1.0, 2), (2.0, 2), (3.0, 2), (4.0, 2)]
-    assert not any(m[2] for m in moves[:4]) and moves[4][1] == 1 and moves[5][2] > 0
-    assert all(apart[:4]) and apart[4] == 0.0  # z begins again from y
-
-
-def test_a_probe_that_diverges_alone_is_doubted():
-    """-f makes g - nu f four times as steep as g + nu f allows: steps are stable at y only."""
-    result = bilevel.minimize(
-        lambda x, y: -0.5 * 9 * (y - 1) ** 2,
-        lambda x, y: 0.5 * 10 * (y - x) ** 2 + 5 * x**2,
-        ZERO,
-        ZERO,
-        solver=Penalty(penalty=1.0, lower_lr=0.15, growth=1.0, **SGD),
-        steps=14,
-    )
-    assert result.success and result.evidence["stencil"] == 1
-
-
-@pytest.mark.parametrize("inner", [1, 3])
-def test_counts_of_the_joint_step(inner):
-    counts = bilevel.solve(Quadratic(), VPBGD(inner_steps=inner), steps=7).counts
-    assert counts == {"upper_grad": 7, "lower_grad": 7 * (inner + 1), "sweeps": 7 * (inner + 1)}
-
-
-@pytest.mark.parametrize(("eta", "times"), [(0.1, 13), (1.0, 7)])
-def test_counts_of_the_recursive_loop(eta, times):
-    """Two gradients of g and one of f, at this and the last iterate, but for the first step."""
-    counts = bilevel.solve(Quadratic(), RecursivePenalty(eta=eta), steps=7).counts
-    assert counts == {"upper_grad": times, "lower_grad": 2 * times, "sweeps": 2 * times}
-
-
-def test_the_joint_penalty_rises_linearly_to_its_cap():
-    rows = bilevel.solve(Quadratic(), VPBGD(penalty=8.0, rise=4), steps=6).history
-    assert [row["penalty"] for row in rows] == [2.0, 4.0, 6.0, 8.0, 8.0, 8.0]
-
-
-def test_the_joint_step_is_that_of_its_formula():
-    """One step of (x, y) by hand at the penalties 0.5 and 2, on either side of the scale's kink."""
-    problem = Quadratic()
-    for penalty in (0.5, 2.0):
-        solver = VPBGD(penalty=penalty, rise=0, inner_steps=1, upper_lr=0.03, lower_lr=0.02)
-        state = solver.init(problem, bilevel.Full(), Single(), torch.Generator())
-        point = {n: torch.randn_like(state.variables[n].value).detach() for n in "xyz"}
-        for name, value in point.items():
-            state.variables[name].assign([value])
-        x, y = (point[n].clone().requires_grad_() for n in "xy")
-        gap = problem.lower(x, y, None) - problem.lower(x, point["z"], None)
-        (problem.upper(x, y, None) + penalty * gap).backward()
-        solver.step(problem, Single(), state)
-        scale = min(1.0, 1 / penalty)
-        expected = {"x": x - 0.03 * scale * x.grad, "y": y - 0.02 * scale * y.grad}
-        for name, value in expected.items():
-            assert torch.allclose(state.variables[name].value, value, rtol=1e-13, atol=1e-13)
-
-
-class Noisy(bilevel.Stream):
-    """Standard normal batches from a counter."""
-
-    def __init__(self, size):
-        self.size, self.at = size, 0
-
-    def __next__(self):
-        self.at += 1
-        generator = torch.Generator().manual_seed(self.at)
-        return torch.randn(self.size, generator=generator, dtype=torch.float64)
-
-    def state_dict(self):
-        return {"at": self.at}
-
-    def load_state_dict(self, state):
-        self.at = state["at"]
-
-
-class NoisyQuadratic(bilevel.Problem):
-    """f = |y - 1|^2 / 2 and g = |y - x|^2 / 2 + <noise, y> (1 + |x|^2 / 2)."""
-
-    def init(self, generator):
-        return torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-
-    def upper(self, x, y, batch):
-        return 0.5 * (y - 1).square().sum()
-
-    def lower(self, x, y, batch):
-        return 0.5 * (y - x).square().sum() + (batch @ y) * (1 + 0.5 * x.square().sum())
-
-    def batches(self, generator):
-        return Noisy(1), Noisy(2)
-
-
-def test_recursive_momentum_reduces_noise():
-    """At small steps the momentum averages; without memory x carries the noise of every batch."""
-    problem = NoisyQuadratic()
-    spread = {}
-    for eta in (0.05, 1.0):
-        solver = RecursivePenalty(eta=eta, prox=0.0, lower_lr=0.05, upper_lr=0.005)
-        rows = bilevel.solve(problem, solver, steps=600).history[300:]
-        spread[eta] = sum(row["change"] ** 2 for row in rows)
-    assert spread[0.05] < 0.3 * spread[1.0]
-
-
-def test_recursive_momentum_is_that_of_its_formula():
-    """d_k = G_k + (1 - eta)(d_{k-1} - G_{k-1}) with both G on the batch of step k, by autograd."""
-    problem, eta, penalty = NoisyQuadratic(), 0.3, 5.0
-    solver = RecursivePenalty(
-        eta=eta, penalty=penalty, prox=0.0, warmup=0, upper_lr=1e-2, lower_lr=1e-1
-    )
-
-    def gradients(values, batch):
-        x, y, z = (v.clone().requires_grad_() for v in values)
-        own = problem.lower(x, y, batch) + problem.upper(x, y, None) / penalty
-        below = problem.lower(x, z, batch)
-        (along_y,) = torch.autograd.grad(own, y, retain_graph=True)
-        (along_z,) = torch.autograd.grad(below, z, retain_graph=True)
-        (along_x,) = torch.autograd.grad(penalty * (own - below), x)
-        return [along_x, along_y, along_z]
-
-    places = []
-    state = solver.init(problem, bilevel.Full(), Single(), torch.Generator())
-    for _ in range(4):
-        places.append([state.variables[n].value.detach().clone() for n in "xyz"])
-        solver.step(problem, Single(), state)
-    noise = Noisy(2)
-    batches = [next(noise) for _ in range(4)]
-    d = gradients(places[0], batches[0])
-    for k in range(1, 4):
-        steps = [1e-2, 1e-1, 1e-1]
-        for now, before, lr, g in zip(places[k], places[k - 1], steps, d, strict=True):
-            assert torch.allclose(now, before - lr * g, rtol=1e-12, atol=1e-13)
-        new, old = gradients(places[k], batches[k]), gradients(places[k - 1], batches[k])
-        d = [a + (1 - eta) * (b - c) for a, b, c in zip(new, d, old, strict=True)]
 
 
 def test_centers_follow_and_pull():
@@ -473,34 +235,11 @@ def test_state_survives_save_and_load(name, tmp_path):
     assert whole.history == parts.history and whole.counts == parts.counts
 
 
-def test_a_fallen_stencil_survives_save_and_load(tmp_path):
-    problem = ManyMinimisers(dim_x=2)
-    solver = Penalty(stencil=4, penalty=1.0, lower_lr=0.1)
-
-    def run(folder, *stops) -> bilevel.Result:
-        for steps in stops:
-            result = bilevel.solve(
-                problem, solver, steps=steps, checkpoints=tmp_path / folder, resume=True
-            )
-        return result
-
-    whole = run("whole", 13)
-    assert whole.evidence["stencil"] == 1
-    for cut in (1, 2, 3, 11):
-        parts = run(str(cut), cut, 13)
-        assert torch.equal(whole.x, parts.x) and whole.history == parts.history
-
-
 @pytest.mark.parametrize("name", MEMBERS)
 def test_wrong_options_are_refused(name):
     kind = type(MEMBERS[name])
     with pytest.raises(bilevel.InputError, match=r"solver\.penalty must be positive"):
         kind(penalty=0.0)
-
-
-def test_recursive_momentum_refuses_drawn_blocks():
-    with pytest.raises(bilevel.InputError, match="memory=full"):
-        bilevel.solve(Quadratic(), RecursivePenalty(), steps=1, memory=bilevel.LISA())
 
 
 @pytest.mark.parametrize("solver", [VPBGD(rise=0), RecursivePenalty(warmup=0), Penalty(warmup=0)])
