@@ -7,7 +7,7 @@ by gradient descent of the same step, with plain gradient descent on x, so that 
 used is the move of x over the step size. Each record is kept in build/peers as soon as it is
 there, and the same command goes on where an interrupted one stopped; one that ended starts anew.
 Timings are interleaved: each library does a few steps in turn, so that a slow moment of the machine
-hits all alike.
+hits all alike. Nothing else runs beside a library but the start of the next one.
 
     --prepare          only make the environments
     --fresh            forget what an interrupted run has kept
@@ -22,12 +22,17 @@ import json
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import report
 import tasks
+import torch
 from environments import FOLDER, PEERS, ROOT, prepare
 from session import Fault, Session
 
@@ -35,7 +40,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 INNER, PRODUCTS = 100, 20
 LONG, MANY = 2000, 100
 """Inner steps and products of the check that a library is right."""
-BUDGET = {"steps": 150, "seconds": 8.0}
+BUDGET = {"steps": 120, "seconds": 6.0}
 """Of a curve of the outer loss."""
 GOAL = 0.6
 """An outer loss of hyper-cleaning, to be reached in as few seconds as can be."""
@@ -74,10 +79,14 @@ class Harness:
         records: What is known already; grows.
         peers: The libraries that could be installed.
         repeats: Of every timing.
+        solvers: Processes that solve the lower level again, while no library runs.
     """
 
-    def __init__(self, records: Records, peers: list[str], repeats: int) -> None:
+    def __init__(
+        self, records: Records, peers: list[str], repeats: int, solvers: ProcessPoolExecutor
+    ) -> None:
         self.records, self.peers, self.repeats = records, peers, repeats
+        self.solvers = solvers
         self.methods: dict[str, dict[str, str]] = {}
         for peer in peers:
             shown = list(PEERS[peer].shown) if peer in PEERS else ["torch"]
@@ -95,23 +104,28 @@ class Harness:
         """All records of a task."""
         path = tasks.write(name, FOLDER / "data")
         exact = _Lazy(path)
-        for peer, methods in self.methods.items():
-            for method, family in methods.items():
-                row = {"task": name, "peer": peer, "method": method, "family": family}
-                if not self._done(row):
-                    with Session(peer) as session:  # of its own, for the memory
-                        self._check(session, path, exact, row)
-                        self._curve(session, path, exact, row)
-                if name == "cleaning":
-                    self._goals(path, exact, row)
-            if name == "cleaning" and not self.records.has(kind="script", peer=peer):
-                self._script(peer, path, exact)
+        rows = [
+            {"task": name, "peer": peer, "method": method, "family": family}
+            for peer, methods in self.methods.items()
+            for method, family in methods.items()
+        ]
+        for row, session in _ahead([row for row in rows if not self._done(row)]):
+            self._check(session, path, exact, row)  # first, for the memory
+            self._curve(session, path, row)
+            if name == "cleaning":
+                self._goals(session, path, row)
+        if name == "cleaning":
+            for peer in self.methods:
+                if not self.records.has(kind="script", peer=peer):
+                    self._script(peer, path)
         self._times(name, path)
 
     def _done(self, row: dict[str, Any]) -> bool:
         errors = (INNER,) if _large(row["task"]) else (INNER, LONG)
         known = all(self.records.has(kind="error", inner=inner, **row) for inner in errors)
-        return known and (_flat(row["task"]) or self.records.has(kind="curve", **row))
+        known &= _flat(row["task"]) or self.records.has(kind="curve", **row)
+        scales = SCALES if row["task"] == "cleaning" else ()
+        return known and all(self.records.has(kind="goal", scale=s, **row) for s in scales)
 
     def _check(self, session: Session, path: Path, exact: _Lazy, row: dict[str, Any]) -> None:
         """The error of the hypergradient at x0 after a usual and a very long inner loop."""
@@ -134,7 +148,7 @@ class Harness:
                 found = {"fault": str(fault)}
             self._note(kind="error", inner=inner, **row, **found)
 
-    def _curve(self, session: Session, path: Path, exact: _Lazy, row: dict[str, Any]) -> None:
+    def _curve(self, session: Session, path: Path, row: dict[str, Any]) -> None:
         """Honest outer losses along a run; the seconds of the first step hold the compilation."""
         if _flat(row["task"]) or self.records.has(kind="curve", **row):
             return
@@ -145,40 +159,34 @@ class Harness:
             run = session.ask("curve", **BUDGET)
             last = len(run["x"]) - 1
             kept = sorted({m for m in marks if m < last} | {last})
-            upper = [exact.upper(run["x"][k]) for k in kept]
+            upper = list(self.solvers.map(partial(_upper, path), [run["x"][k] for k in kept]))
             found = {"step": [k + 1 for k in kept], "upper": upper}
             found |= {k: [run[k][i] for i in kept] for k in ("cpu", "wall")}
             if row["task"] == "cleaning":
-                found["goal"] = self._reached(run, exact)
+                found["goal"] = _seconds(run, _reached(path, run["x"]))
         except Fault as fault:
             found = {"fault": str(fault)}
         self._note(kind="curve", **row, **found)
 
-    def _goals(self, path: Path, exact: _Lazy, row: dict[str, Any]) -> None:
+    def _goals(self, session: Session, path: Path, row: dict[str, Any]) -> None:
         """Seconds to the goal with larger steps of x."""
-        scales = [s for s in SCALES if not self.records.has(kind="goal", scale=s, **row)]
-        if not scales:
-            return
-        with Session(row["peer"]) as session:
-            for scale in scales:
-                given = {"path": str(path), "method": row["method"], "scale": scale}
-                try:
-                    session.ask("open", **given, inner=INNER, products=PRODUCTS)
-                    run = session.ask("curve", steps=40, seconds=BUDGET["seconds"])
-                    found: dict[str, Any] = {"goal": self._reached(run, exact)}
-                except Fault as fault:
-                    found = {"fault": str(fault)}
-                self._note(kind="goal", scale=scale, **row, **found)
+        runs: dict[float, Any] = {}
+        for scale in (s for s in SCALES if not self.records.has(kind="goal", scale=s, **row)):
+            given = {"path": str(path), "method": row["method"], "scale": scale}
+            try:
+                session.ask("open", **given, inner=INNER, products=PRODUCTS)
+                runs[scale] = session.ask("curve", steps=40, seconds=BUDGET["seconds"])
+            except Fault as fault:
+                self._note(kind="goal", scale=scale, **row, fault=str(fault))
+        reached = self.solvers.map(partial(_reached, path), [run["x"] for run in runs.values()])
+        for (scale, run), first in zip(runs.items(), reached, strict=True):
+            self._note(kind="goal", scale=scale, **row, goal=_seconds(run, first))
 
-    def _reached(self, run: dict[str, Any], exact: _Lazy) -> dict[str, float] | None:
-        first = _first(lambda k: exact.upper(run["x"][k]) <= GOAL, len(run["x"]) - 1)
-        return None if first is None else {k: run[k][first] for k in ("cpu", "wall")}
-
-    def _script(self, peer: str, path: Path, exact: _Lazy) -> None:
+    def _script(self, peer: str, path: Path) -> None:
         try:
             with Session(peer) as session:
                 x = session.ask("script", path=str(path), steps=20)["x"]
-            found: dict[str, Any] = {"upper": exact.upper(x)}
+            found: dict[str, Any] = {"upper": _upper(path, x)}
         except Fault as fault:
             found = {"fault": str(fault)}
         self._note(kind="script", peer=peer, **found)
@@ -204,9 +212,9 @@ class Harness:
         self, name: str, path: Path, rows: list[tuple[str, str, str]], repeats: int
     ) -> None:
         with contextlib.ExitStack() as stack:
+            started = [stack.enter_context(Session(peer)) for peer, _, _ in rows]
             sessions, counts = {}, {}
-            for peer, method, _ in rows:
-                session = stack.enter_context(Session(peer))
+            for (peer, method, _), session in zip(rows, started, strict=True):
                 session.ask("open", path=str(path), method=method, inner=INNER, products=PRODUCTS)
                 session.ask("step", count=1)
                 spent = session.ask("step", count=1)["wall"]
@@ -242,22 +250,49 @@ class Harness:
         sys.stdout.flush()
 
 
+def _ahead(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Session]]:
+    """Every row with a session of its own, which starts while the one before it works."""
+    following: Session | None = None
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        session = following or Session(row["peer"])
+        following = None if after is None else Session(after["peer"])
+        with session:
+            yield row, session
+
+
+@cache
+def _exact(path: Path) -> tasks.Exact:
+    torch.set_num_threads(1)  # of small sums, which a second thread only slows
+    return tasks.Exact(path)
+
+
+def _upper(path: Path, x: list[float]) -> float:
+    """The honest outer loss."""
+    return _exact(path).upper(np.asarray(x))
+
+
+def _reached(path: Path, xs: list[list[float]]) -> int | None:
+    """The step from which on the honest loss is at the goal; None if it is not in the end."""
+    return _first(lambda k: _upper(path, xs[k]) <= GOAL, len(xs) - 1)
+
+
+def _seconds(run: dict[str, Any], step: int | None) -> dict[str, float] | None:
+    return None if step is None else {k: run[k][step] for k in ("cpu", "wall")}
+
+
 class _Lazy:
-    """The exact hypergradient of a task, found when it is first needed, and honest losses."""
+    """The exact hypergradient of a task, found when it is first needed."""
 
     def __init__(self, path: Path) -> None:
-        self._exact = tasks.Exact(path)
-        self.upper_lr = self._exact.task.upper_lr
+        self._path = path
+        self.upper_lr = _exact(path).task.upper_lr
         self._known: np.ndarray | None = None
 
     @property
     def hypergradient(self) -> np.ndarray:
         if self._known is None:
-            self._known = self._exact.hypergradient()
+            self._known = _exact(self._path).hypergradient()
         return self._known
-
-    def upper(self, x: list[float]) -> float:
-        return self._exact.upper(np.asarray(x))
 
 
 def _large(task: str) -> bool:
@@ -319,7 +354,7 @@ def main() -> None:
     parser.add_argument("--source", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(tasks.TASKS))
     parser.add_argument("--peers", nargs="+", default=["ours", *PEERS])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "peers")
     options = parser.parse_args()
     sources = dict(source.split("=", 1) for source in options.source)
@@ -337,9 +372,11 @@ def main() -> None:
     for name, fault in faults.items():
         if fault and not records.has(kind="peer", peer=name):
             records.add(kind="peer", peer=name, fault=f"cannot be installed: {fault}")
-    harness = Harness(records, [n for n, fault in faults.items() if not fault], options.repeats)
-    for name in options.tasks:
-        harness.task(name)
+    usable = [name for name, fault in faults.items() if not fault]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as solvers:
+        harness = Harness(records, usable, options.repeats, solvers)
+        for name in options.tasks:
+            harness.task(name)
     report.write(records.rows, options.out)
     shutil.move(path, options.out.with_suffix(".jsonl"))
 
