@@ -75,7 +75,7 @@ class CG(LinearSolver):
     """
 
     steps: int = 20
-    """Most products with H."""
+    """Most products with H; the first judges the start, where there is one and `steps` is not 1."""
     tolerance: float = 1e-6
     """Done when |b - H v| <= tolerance |b|."""
     damping: float = 0.0
@@ -94,6 +94,8 @@ class CG(LinearSolver):
             products += 1
             return _plus(matvec(v), v, self.damping) if self.damping else matvec(v)
 
+        if self.steps == 1:  # a product that judges the start leaves none to better it
+            start = None
         v = _zeros(b) if start is None else [t.clone() for t in start]
         r = [t.clone() for t in b] if start is None else _plus(b, damped(v), -1.0)
         whole, size = norm(b), norm(r)

@@ -154,6 +154,14 @@ def test_cg_stops_at_negative_curvature():
     assert result.status is LinearStatus.CURVATURE
 
 
+def test_cg_of_one_product_starts_at_zero():
+    """From anywhere else the product would go into judging the start, and v would stay there."""
+    matrix, b = torch.diag(torch.tensor([1.0, 10.0])).double(), torch.ones(2).double()
+    v, result = solved(CG(steps=1), matrix, b, split(-b))
+    torch.testing.assert_close(v, b * (b @ b) / (b @ matrix @ b))
+    assert result.products == 1
+
+
 def test_cg_starts_at_zero_where_its_start_is_worse():
     matrix = torch.diag(torch.tensor([1.0, 10.0, 100.0])).double()
     b, far = torch.ones(3).double(), split(1e20 * torch.ones(3).double())
