@@ -10,7 +10,7 @@ from bilevel.errors import InputError
 from bilevel.linear import CG, LinearStatus, norm
 from bilevel.oracle import Oracle, Vector
 from bilevel.problem import Problem, constrained
-from bilevel.tree import Value, clone, leaves
+from bilevel.tree import Value, clone, leaves, map_leaves
 
 POLISH = 5  # Newton steps after L-BFGS, which alone stops near the square root of the precision
 
@@ -201,8 +201,6 @@ def _projected(
 
 
 def _detached(y: Value) -> Value:
-    from bilevel.tree import map_leaves
-
     return map_leaves(torch.Tensor.detach, y)
 
 

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from bilevel import checkpoint, plan, plugins, processes
+from bilevel.audit import audited
 from bilevel.check import probe
 from bilevel.errors import InputError
 from bilevel.folder import claim, fingerprint, folders, options_of, place, write_result
@@ -28,7 +29,7 @@ from bilevel.options import CHOICES, KINDS, Options, help_text, parse
 from bilevel.piped import recorded, unbroken
 from bilevel.problem import Problem
 from bilevel.result import Result, Status, together
-from bilevel.solve import audited, solve, start
+from bilevel.solve import solve, start
 from bilevel.solver import State
 from bilevel.tracking import Watch
 

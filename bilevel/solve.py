@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,16 @@ import torch
 from torch import Tensor
 
 from bilevel import checkpoint, evidence
+from bilevel.audit import audited
 from bilevel.check import options, probe
 from bilevel.errors import InputError, NonFiniteError
 from bilevel.launch import Launcher, Single
 from bilevel.memory import Full, Memory
 from bilevel.plugins import find
 from bilevel.problem import Functions, Problem
-from bilevel.resolve import resolve
 from bilevel.result import Result, Status
 from bilevel.solver import Solver, State
-from bilevel.tree import Value, leaves, local, named_leaves
-
-AUDIT = 500
-"""Most iterations of the solve that checks a result: less than a usual run spends."""
+from bilevel.tree import Value, leaves, local, map_leaves, named_leaves
 
 GROWTH = 1e20
 """Above it, relative to the first losses or to 1, a run has diverged; some recover from 1e15."""
@@ -75,31 +72,14 @@ def solve(
     >>> bilevel.solve(Quadratic(), "f2ba", steps=3).nit
     3
     """
-    faults = [
-        f"{name} must be a whole number of at least 1, got {name}={number!r}."
-        for name, number in (("steps", steps), ("checkpoint_every", checkpoint_every))
-        if not isinstance(number, int) or number < 1
-    ]
     folder = Path(checkpoints) if checkpoints else None
-    if folder and not resume and checkpoint.latest(folder):
-        faults.append(f"{folder} holds checkpoints; pass resume=True to go on, or another folder.")
-    if faults:
+    if faults := _faults(folder, resume=resume, steps=steps, checkpoint_every=checkpoint_every):
         raise InputError(faults)
     solver, launcher = _solver(solver), launcher or Single()
     state = state or start(problem, solver, seed=seed, memory=memory, launcher=launcher)
-    name = launcher.told(str(checkpoint.latest(folder) or "")) if folder else ""
-    newest = Path(name) if name else None
-    history: list[dict[str, Any]] = []
     marks = {"seed": seed, **_identity(solver, state), **(fingerprint or {})}
-    if newest is not None:
-        saved = checkpoint.load(newest, fingerprint=marks, like=state.like)
-        history = saved.pop("history")
-        state.load_state_dict(saved)
-        if state.step > steps:
-            raise InputError(
-                f"{newest} is of {state.step} steps, more than steps={steps}; give steps="
-                f"{state.step} or more, or another folder."
-            )
+    earlier = _resumed(folder, launcher, state, marks, steps)
+    history = earlier or []
 
     def store(state: State) -> None:
         if folder is not None:
@@ -108,9 +88,9 @@ def solve(
             if on_save is not None and history:
                 on_save(_result(state, seed, history, Status.RUNNING))
 
-    status, found = Status.STEPS, ""
-    if folder is not None and newest is None:
+    if earlier is None:
         store(state)
+    status, found = Status.STEPS, ""
     while state.step < steps:
         try:
             state = solver.step(problem, launcher, state)
@@ -120,21 +100,13 @@ def solve(
         ended = Status.DIVERGED if _diverged(state, history) else solver.terminate(state)
         record = _record(problem, state)
         history.append(record)
-        try:
-            for callback in callbacks:
-                callback(state, record)
-            stopped = False
-        except StopIteration:
-            stopped = True
-        if _agreed(launcher, state, stopped):
+        if _agreed(launcher, state, _stops(callbacks, state, record)):
             ended = Status.STOPPED
         if ended is Status.DIVERGED:  # the last checkpoint is better than this
             status, found = ended, f"After step {state.step}: "
             break
         if ended is not None or state.step == steps or state.step % checkpoint_every == 0:
-            bad = _not_finite(state)
-            if launcher.total([bool(bad)])[0]:
-                bad = bad or "a part that another process holds is not finite"
+            if bad := _not_finite_anywhere(launcher, state):
                 status, found = Status.NONFINITE, f"After step {state.step}: {bad}. "
                 break
             store(state)
@@ -236,34 +208,6 @@ def minimize(
     return audited(problem, solve(problem, solver, steps=steps, seed=seed, callbacks=callbacks))
 
 
-def audited(problem: Problem, result: Result) -> Result:
-    """The result with its upper loss held against that of the lower level solved again.
-
-    Adds `honest_upper`, f(x, y*(x)) as `resolve` finds it from the solver's y, to the evidence, and
-    a warning where the solver's own upper loss differs from it by more than a tenth.
-    """
-    if not result.success:
-        return result
-    try:
-        lower = resolve(problem, result.x, result.y, steps=AUDIT)
-    except (InputError, ArithmeticError):
-        return result
-    honest, own = lower.upper, result.upper
-    found = list(result.warnings)
-    if lower.converged and abs(honest - own) > 0.1 * max(abs(honest), abs(own), 1e-12):
-        found.append(
-            f"the upper loss is {own:.3g} at the solver's own y, and {honest:.3g} where the lower "
-            "level is solved: x may be wrong. Raise inner_steps or lower_lr, or try solver=auto."
-        )
-    elif not lower.converged:
-        found.append(
-            f"the lower level could not be solved at the final x (|grad_y g| is still "
-            f"{lower.gradient:.2g}): has it a minimizer, and is it scaled?"
-        )
-    evidence = {**result.evidence, "honest_upper": honest}
-    return replace(result, evidence=evidence, warnings=found)
-
-
 def _result(
     state: State, seed: int, history: list[dict[str, Any]], status: Status, found: str = ""
 ) -> Result:
@@ -281,6 +225,40 @@ def _result(
         warnings=evidence.warnings(history) if status.success else [],
         seed=seed,
     )
+
+
+def _faults(folder: Path | None, *, resume: bool, **counts: int) -> list[str]:
+    """What is wrong with the counts of a run, or stands where its checkpoints shall go."""
+    faults = [
+        f"{name} must be a whole number of at least 1, got {name}={number!r}."
+        for name, number in counts.items()
+        if not isinstance(number, int) or number < 1
+    ]
+    if folder and not resume and checkpoint.latest(folder):
+        faults.append(f"{folder} holds checkpoints; pass resume=True to go on, or another folder.")
+    return faults
+
+
+def _resumed(
+    folder: Path | None, launcher: Launcher, state: State, marks: dict[str, Any], steps: int
+) -> list[dict[str, Any]] | None:
+    """The history up to the newest checkpoint, which the state takes over; None without one.
+
+    Raises:
+        InputError: If the checkpoint does not fit, or is of more steps.
+    """
+    newest = launcher.told(str(checkpoint.latest(folder) or "")) if folder else ""
+    if not newest:
+        return None
+    saved = checkpoint.load(Path(newest), fingerprint=marks, like=state.like)
+    history = saved.pop("history")
+    state.load_state_dict(saved)
+    if state.step > steps:
+        raise InputError(
+            f"{newest} is of {state.step} steps, more than steps={steps}; give steps="
+            f"{state.step} or more, or another folder."
+        )
+    return history
 
 
 def _solver(solver: Solver | str) -> Solver:
@@ -328,6 +306,16 @@ def _diverged(state: State, history: list[dict[str, Any]]) -> bool:
     return any(abs(now) > GROWTH * max(1.0, abs(first)) for now, first in pairs)
 
 
+def _stops(callbacks: Sequence[Callback], state: State, record: dict[str, Any]) -> bool:
+    """Whether a callback wants to stop; those after it are not called then."""
+    try:
+        for callback in callbacks:
+            callback(state, record)
+    except StopIteration:
+        return True
+    return False
+
+
 def _agreed(launcher: Launcher, state: State, stopped: bool) -> bool:
     """Whether any process wants to stop.
 
@@ -347,6 +335,14 @@ def _agreed(launcher: Launcher, state: State, stopped: bool) -> bool:
     return stops > 0
 
 
+def _not_finite_anywhere(launcher: Launcher, state: State) -> str:
+    """As `_not_finite`, of what all processes hold; the same on none or on all of them."""
+    bad = _not_finite(state)
+    if launcher.total([bool(bad)])[0]:
+        return bad or "a part that another process holds is not finite"
+    return ""
+
+
 def _not_finite(state: State) -> str:
     """In words, the first value or optimizer state that is not finite; nothing if all are."""
     for variable in state.variables.values():
@@ -362,6 +358,4 @@ def _not_finite(state: State) -> str:
 
 
 def _detached(value: Value) -> Value:
-    from bilevel.tree import map_leaves
-
     return value if isinstance(value, torch.nn.Module) else map_leaves(Tensor.detach, value)

@@ -19,7 +19,7 @@ ORDER = [
     ["oracle", "solver", "checkpoint", "plugins", "fsdp", "zero"],
     ["descent", "staged", "check", "resolve", "batch", "footprint"],
     ["hypergradient"],
-    ["compare"],
+    ["compare", "audit"],
     ["solve"],
     ["testing"],
     ["__init__"],
