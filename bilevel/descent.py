@@ -14,6 +14,7 @@ from bilevel.linear import LinearSolver, LinearStatus, Matvec
 from bilevel.memory import Memory
 from bilevel.oracle import Curvature, Gradients, Vector
 from bilevel.problem import Problem, constrained
+from bilevel.result import Status
 from bilevel.solver import State, finite_loss
 from bilevel.tree import dot, leaves, norm
 from bilevel.variable import OptimizerFactory, Variable
@@ -140,6 +141,12 @@ def step_with_upper(launcher: Launcher, state: State, others: Sequence[Variable]
     launcher.step([*others, x])
     moves = ((p.detach() - b).abs().amax() for p, b in zip(leaves(x.value), before, strict=True))
     state.numbers["change"] = max(map(float, moves))
+
+
+def converged(state: State, tolerance: float) -> Status | None:
+    """CONVERGED where the last step changed every entry of x by less than a tolerance; 0: never."""
+    small = tolerance and state.numbers.get("change", tolerance) < tolerance
+    return Status.CONVERGED if small else None
 
 
 def finite_norm(problem: Problem, x: Variable, copy: Variable, *batches: object) -> float:

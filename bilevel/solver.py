@@ -15,7 +15,7 @@ from bilevel.errors import InputError, NonFiniteError
 from bilevel.fields import out_of_range
 from bilevel.launch import Launcher
 from bilevel.memory import Memory
-from bilevel.problem import Problem, Stream
+from bilevel.problem import Problem, Stream, constrained
 from bilevel.result import Status
 from bilevel.tree import leaves, named_leaves
 from bilevel.variable import Variable, optimizer_by_name
@@ -177,6 +177,21 @@ def ignored(solver: Solver, key: str, needs: dict[str, tuple[Any, ...]]) -> list
         f"{' or '.join(f'{key}={other}' for other in others)}. Leave it out."
         for name, others in needs.items()
         if getattr(solver, name) != defaults[name] and value not in others
+    ]
+
+
+def free_lower(problem: Problem, needs: str, instead: str = "a penalty solver") -> list[str]:
+    """Why a method that knows no constraints on y cannot be used, as a sentence; none if it can.
+
+    Args:
+        problem: That may have such constraints.
+        needs: The sentence's first words, such as "DARTS needs".
+        instead: What to use.
+    """
+    if not constrained(problem, "lower"):
+        return []
+    return [
+        f"{needs} a lower level without constraints, and project_lower is given; use {instead}."
     ]
 
 

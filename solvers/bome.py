@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from bilevel.descent import begin, plus, step_with_upper
+from bilevel.descent import begin, converged, plus, step_with_upper
 from bilevel.errors import NonFiniteError
 from bilevel.launch import Launcher
 from bilevel.linear import norm
@@ -109,8 +109,7 @@ class BOME(Solver):
         return state
 
     def terminate(self, state: State) -> Status | None:
-        small = self.tolerance and state.numbers.get("change", self.tolerance) < self.tolerance
-        return Status.CONVERGED if small else None
+        return converged(state, self.tolerance)
 
     def _multiplier(self, inner: float, square: float, gap: float) -> float:
         phi = self.barrier * (square if self.phi == "gradient" else gap)

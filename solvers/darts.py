@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import torch
 
-from bilevel.descent import begin, descend, move_upper, plus
+from bilevel.descent import begin, converged, descend, move_upper, plus
 from bilevel.launch import Launcher
 from bilevel.linear import norm
 from bilevel.memory import Memory
 from bilevel.oracle import Oracle, Vector
-from bilevel.problem import Problem, constrained
+from bilevel.problem import Problem
 from bilevel.result import Status
-from bilevel.solver import Solver, State, require
+from bilevel.solver import Solver, State, free_lower, require
 from bilevel.tree import leaves
 from bilevel.variable import optimizer_by_name
 
@@ -72,16 +72,10 @@ class DARTS(Solver):
         return state
 
     def terminate(self, state: State) -> Status | None:
-        small = self.tolerance and state.numbers.get("change", self.tolerance) < self.tolerance
-        return Status.CONVERGED if small else None
+        return converged(state, self.tolerance)
 
     def check(self, problem: Problem) -> list[str]:
-        if constrained(problem, "lower"):
-            return [
-                "DARTS needs a lower level without constraints, and project_lower is given; use "
-                "itd or a penalty solver."
-            ]
-        return []
+        return free_lower(problem, "DARTS needs", "itd or a penalty solver")
 
     def _estimate(self, problem: Problem, state: State) -> Vector:
         x, y = state.variables["x"], state.variables["y"]

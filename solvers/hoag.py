@@ -9,14 +9,22 @@ from typing import ClassVar, Literal
 
 import torch
 
-from bilevel.descent import begin, finite_norm, implicit_gradient, move_upper, set_lr, warm_start
+from bilevel.descent import (
+    begin,
+    converged,
+    finite_norm,
+    implicit_gradient,
+    move_upper,
+    set_lr,
+    warm_start,
+)
 from bilevel.launch import Launcher
 from bilevel.linear import CG, norm
 from bilevel.memory import Memory
 from bilevel.oracle import Oracle, Vector
-from bilevel.problem import Always, Problem, constrained
+from bilevel.problem import Always, Problem
 from bilevel.result import Status
-from bilevel.solver import Solver, State, require
+from bilevel.solver import Solver, State, free_lower, require
 from bilevel.tree import leaves
 from bilevel.variable import optimizer_by_name
 
@@ -110,16 +118,10 @@ class HOAG(Solver):
         return state
 
     def terminate(self, state: State) -> Status | None:
-        small = self.tolerance and state.numbers.get("change", self.tolerance) < self.tolerance
-        return Status.CONVERGED if small else None
+        return converged(state, self.tolerance)
 
     def check(self, problem: Problem) -> list[str]:
-        faults = []
-        if constrained(problem, "lower"):
-            faults.append(
-                "implicit differentiation needs a lower level without constraints, and "
-                "project_lower is given; use a penalty solver."
-            )
+        faults = free_lower(problem, "implicit differentiation needs")
         names = ("batches", "whole")
         own = {n for n in names if getattr(type(problem), n) is not getattr(Problem, n)}
         if own == {"batches"}:

@@ -17,7 +17,7 @@ from bilevel.memory import Memory
 from bilevel.oracle import Curvature, Oracle, Vector
 from bilevel.problem import Problem, constrained
 from bilevel.result import Status
-from bilevel.solver import Solver, State, require
+from bilevel.solver import Solver, State, free_lower, require
 from bilevel.spectrum import extremes
 from bilevel.tree import leaves
 from bilevel.variable import optimizer_by_name
@@ -155,12 +155,7 @@ class MAID(Solver):
         return Status.CONVERGED if state.numbers.get("change") == 0.0 else None
 
     def check(self, problem: Problem) -> list[str]:
-        if constrained(problem, "lower"):
-            return [
-                "MAID needs a lower level without constraints, and project_lower is given; use a "
-                "penalty solver."
-            ]
-        return []
+        return free_lower(problem, "MAID needs")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.descent import begin, descend, move_upper, plus
+from bilevel.descent import begin, converged, descend, move_upper, plus
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.linear import norm
 from bilevel.memory import Memory
 from bilevel.oracle import Oracle, Vector
-from bilevel.problem import Problem, constrained
+from bilevel.problem import Problem
 from bilevel.result import Status
-from bilevel.solver import Solver, State, require
+from bilevel.solver import Solver, State, free_lower, require
 from bilevel.tree import dot, leaves
 from bilevel.variable import Variable, optimizer_by_name
 
@@ -89,16 +89,10 @@ class SAMA(Solver):
         return state
 
     def terminate(self, state: State) -> Status | None:
-        small = self.tolerance and state.numbers.get("change", self.tolerance) < self.tolerance
-        return Status.CONVERGED if small else None
+        return converged(state, self.tolerance)
 
     def check(self, problem: Problem) -> list[str]:
-        if constrained(problem, "lower"):
-            return [
-                "sama needs a lower level without constraints, and project_lower is given; use a "
-                "penalty solver."
-            ]
-        return []
+        return free_lower(problem, "sama needs")
 
     def _cross(self, oracle: Oracle, state: State, v: Vector) -> Vector:
         """J'v by the central difference; y is put back bit for bit."""

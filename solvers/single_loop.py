@@ -10,15 +10,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from bilevel.descent import begin, finite_norm, plus, set_lr, step_with_upper, zeros
+from bilevel.descent import begin, converged, finite_norm, plus, set_lr, step_with_upper, zeros
 from bilevel.errors import NonFiniteError
 from bilevel.launch import Launcher
 from bilevel.linear import norm
 from bilevel.memory import Memory
 from bilevel.oracle import Oracle, Vector
-from bilevel.problem import Problem, Stream, constrained
+from bilevel.problem import Problem, Stream
 from bilevel.result import Status
-from bilevel.solver import Solver, State, require
+from bilevel.solver import Solver, State, free_lower, require
 from bilevel.tree import dot, leaves
 from bilevel.variable import optimizer_by_name
 
@@ -134,16 +134,10 @@ class SingleLoop(Solver):
         return state
 
     def terminate(self, state: State) -> Status | None:
-        small = self.tolerance and state.numbers.get("change", self.tolerance) < self.tolerance
-        return Status.CONVERGED if small else None
+        return converged(state, self.tolerance)
 
     def check(self, problem: Problem) -> list[str]:
-        faults = []
-        if constrained(problem, "lower"):
-            faults.append(
-                "single-loop methods need a lower level without constraints, and project_lower is "
-                "given; use a penalty solver."
-            )
+        faults = free_lower(problem, "single-loop methods need")
         names = ("batches", "pieces")
         own = {n for n in names if getattr(type(problem), n) is not getattr(Problem, n)}
         if self.estimator != "plain" and own == {"batches"}:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel.descent import begin, move_upper, step_with_upper, zeros
+from bilevel.descent import begin, converged, move_upper, step_with_upper, zeros
 from bilevel.errors import NonFiniteError
 from bilevel.launch import Launcher
 from bilevel.memory import Memory, trainable
@@ -106,8 +106,7 @@ class ZO(Solver):
         return state
 
     def terminate(self, state: State) -> Status | None:
-        small = self.tolerance and state.numbers.get("change", self.tolerance) < self.tolerance
-        return Status.CONVERGED if small else None
+        return converged(state, self.tolerance)
 
     def _move_lower(self, problem: Problem, state: State) -> None:
         y, z = state.variables["y"], state.variables["z"]

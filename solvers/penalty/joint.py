@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from bilevel.descent import begin, finite_norm, set_lr, step_with_upper
+from bilevel.descent import begin, converged, finite_norm, set_lr, step_with_upper
 from bilevel.launch import Launcher
 from bilevel.memory import Memory
 from bilevel.problem import Problem
@@ -96,8 +96,7 @@ class VPBGD(Solver):
 
     def terminate(self, state: State) -> Status | None:
         rising = state.step <= self.rise
-        small = self.tolerance and state.numbers.get("change", self.tolerance) < self.tolerance
-        return Status.CONVERGED if small and not rising else None
+        return None if rising else converged(state, self.tolerance)
 
     def _batches(self, state: State) -> tuple[Any, Any]:
         return next(state.streams["upper"]), next(state.streams["lower"])

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.descent import begin, finite_norm, plus, step_with_upper
+from bilevel.descent import begin, converged, finite_norm, plus, step_with_upper
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.memory import Full, Memory
@@ -115,8 +115,7 @@ class RecursivePenalty(Solver):
         return state
 
     def terminate(self, state: State) -> Status | None:
-        small = self.tolerance and state.numbers.get("change", self.tolerance) < self.tolerance
-        return Status.CONVERGED if small else None
+        return converged(state, self.tolerance)
 
     def _gather(
         self, problem: Problem, launcher: Launcher, state: State, batches: tuple[Any, Any]

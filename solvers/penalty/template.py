@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
-from bilevel.descent import begin, set_lr, step_with_upper
+from bilevel.descent import begin, converged, set_lr, step_with_upper
 from bilevel.launch import Launcher
 from bilevel.memory import Memory
 from bilevel.problem import Problem
@@ -210,9 +209,7 @@ class Penalty(Solver):
             self._move(launcher, state, [])
 
     def terminate(self, state: State) -> Status | None:
-        if self.tolerance and state.numbers.get("change", math.inf) < self.tolerance:
-            return Status.CONVERGED
-        return None
+        return converged(state, self.tolerance)
 
     def direct(self) -> list[str]:
         found = []
