@@ -10,9 +10,9 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from bilevel import InputError
+from bilevel.problems.llm_reweight.bounds import numbers
 from bilevel.problems.llm_reweight.records import name_paths
 from bilevel.problems.llm_reweight.tokens import Rows, Stratified
-from bilevel.problems.llm_reweight.weighting import numbers
 
 if TYPE_CHECKING:
     from bilevel.problems.llm_reweight.problem import LLMReweight

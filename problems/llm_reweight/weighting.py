@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bilevel import InputError
+from bilevel.problems.llm_reweight import bounds
 from bilevel.projection import kl_box
 
 if TYPE_CHECKING:
     from bilevel.problems.llm_reweight.problem import LLMReweight
-
-ROUNDING = 1e-9
-"""By how much sums of bounds that a user wrote as decimals may miss 1."""
 
 WAITING = 0.1
 """The least weight that a dropped entry is ranked with, as a part of an even share."""
@@ -119,7 +116,7 @@ class Weighting:
         ranked = (weights + (self.low > 0)).sort(descending=True, stable=True).indices.tolist()
         kept, rest = ranked[: self.keep or count], ranked[self.keep or count :]
         roomy = sorted(rest, key=lambda i: -float(self.high[i]))
-        while float(self.high[kept].sum()) < 1 - ROUNDING:  # these cannot hold all of it
+        while float(self.high[kept].sum()) < 1 - bounds.ROUNDING:  # these cannot hold all of it
             out = [i for i in kept if not self.low[i] > 0 and self.high[i] < self.high[roomy[0]]]
             kept[kept.index(out[-1])] = roomy.pop(0)
         return torch.tensor(sorted(kept))
@@ -151,14 +148,14 @@ def weighting(problem: LLMReweight) -> Weighting:
             share[list(group)] = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
     made = {"entries": entries, "members": members, "entry": entry, "share": share}
     sizes = torch.tensor(records, dtype=torch.float64)
-    prior = _prior(
+    prior = bounds.prior(
         problem, entries, torch.zeros(len(entries)).double().index_add(0, entry, sizes), faults
     )
-    low, high = _bounds(problem, names, entries, entry, share, faults)
+    low, high = bounds.floors_and_ceilings(problem, names, entries, entry, share, faults)
     if problem.max_epochs:
         ceilings = problem.max_epochs * sizes / (problem.train_examples or sizes.sum()) / share
         high = high.scatter_reduce(0, entry, ceilings, "amin")
-    faults += _infeasible(problem, entries, low, high)
+    faults += bounds.infeasible(problem, entries, low, high)
     if faults:
         raise InputError(faults)
     own = {"prior": prior, "low": low, "high": high, "strength": problem.prior_strength}
@@ -239,7 +236,7 @@ def _groups(problem: LLMReweight, names: Sequence[str], faults: list[str]) -> di
             faults.append(f"problem.groups: {name!r} is the name of a source; choose another.")
         for source in sources:
             if source not in names:
-                faults.append(f"problem.groups: no source {source!r}{_hint(source, names)}.")
+                faults.append(f"problem.groups: no source {source!r}{bounds.hint(source, names)}.")
             elif source in owner:
                 faults.append(
                     f"problem.groups has source {source!r} twice, in {owner[source]!r} and "
@@ -248,136 +245,6 @@ def _groups(problem: LLMReweight, names: Sequence[str], faults: list[str]) -> di
             owner[source] = name
         found[name] = sources
     return found | {name: [name] for name in names if name not in owner}
-
-
-def _prior(
-    problem: LLMReweight,
-    entries: Sequence[str],
-    sizes: Tensor,
-    faults: list[str],
-) -> Tensor:
-    """[entries], the prior weights, which add up to 1; `sizes` are the records of each entry."""
-    count = len(entries)
-    if not problem.prior:
-        return torch.full((count,), 1 / count, dtype=torch.float64)
-    if problem.prior == ("size",):
-        return sizes / sizes.sum()
-    given, everywhere = numbers("prior", problem.prior, entries, faults)
-    if everywhere is not None:
-        faults.append("problem.prior must be 'size', or name=weight for each, got a bare number.")
-    missing = [name for name in entries if name not in given]
-    if missing and given:
-        faults.append(f"problem.prior lacks {', '.join(missing)}; give each a weight.")
-    low = [f"{name}={value:g}" for name, value in given.items() if not value > 0]
-    if low:
-        faults.append(
-            f"problem.prior must be positive, got {', '.join(low)}; a small weight may grow, none "
-            "cannot."
-        )
-    values = torch.tensor([given.get(name, 1.0) for name in entries], dtype=torch.float64)
-    return values / values.sum()
-
-
-def _bounds(
-    problem: LLMReweight,
-    names: Sequence[str],
-    entries: Sequence[str],
-    entry: Tensor,
-    share: Tensor,
-    faults: list[str],
-) -> tuple[Tensor, Tensor]:
-    """[entries] twice, floors and ceilings; those of a source in a group become the group's."""
-    known = [*entries, *(name for name in names if name not in entries)]
-    low = torch.zeros(len(entries), dtype=torch.float64)
-    high = torch.ones(len(entries), dtype=torch.float64)
-    for option, least in (("min_weight", True), ("max_weight", False)):
-        given, everywhere = numbers(option, getattr(problem, option), known, faults)
-        wrong = [f"{n}={v:g}" for n, v in given.items() if not 0 <= v <= 1]
-        if everywhere is not None and not 0 <= everywhere <= 1:
-            wrong.append(f"{everywhere:g}")
-        zero = 0.0 in given.values() or everywhere == 0
-        if wrong:
-            faults.append(f"problem.{option} must be from 0 to 1, got {', '.join(wrong)}.")
-        elif zero and not least:
-            faults.append("problem.max_weight must be positive; leave the source out instead.")
-        else:
-            bound = low if least else high
-            bound.fill_(everywhere) if everywhere is not None else None
-            named = torch.zeros(len(entries), dtype=torch.bool)
-            for name, value in given.items():
-                s = names.index(name) if name in names else None
-                i = int(entry[s]) if s is not None else list(entries).index(name)
-                value = value / float(share[s]) if s is not None else value
-                tighter = max if least else min
-                bound[i] = tighter(float(bound[i]), value) if named[i] else value
-                named[i] = True
-    return low, high
-
-
-def _infeasible(
-    problem: LLMReweight, entries: Sequence[str], low: Tensor, high: Tensor
-) -> list[str]:
-    """Why no weights are within the bounds, as sentences."""
-    what = f"{len(entries)} {'groups' if problem.groups else 'sources'}"
-    keep = min(max(0, problem.max_sources) or len(entries), len(entries))
-    faults = [
-        f"the floor of {name} is {a:.4g}, above its ceiling {b:.4g}; see problem.min_weight, "
-        "max_weight and max_epochs."
-        for name, a, b in zip(entries, low.tolist(), high.tolist(), strict=True)
-        if a > b + ROUNDING
-    ]
-    if float(low.sum()) > 1 + ROUNDING:
-        faults.append(
-            f"problem.min_weight adds up to {float(low.sum()):.4g} over {what}, expected at most "
-            "1; lower it."
-        )
-    floors = int((low > 0).sum())
-    if floors > keep:
-        faults.append(
-            f"problem.min_weight gives {floors} of {what} weight, but problem.max_sources={keep}; "
-            "raise the one or give fewer floors."
-        )
-    else:
-        must = torch.where(low > 0, 2.0, 0.0)  # those with a floor are kept first
-        kept = (high + must).sort(descending=True).indices[:keep]
-        room = float(high[kept].sum())
-        if room < 1 - ROUNDING:
-            which = f"the largest {keep} of {what}" if keep < len(entries) else what
-            faults.append(
-                f"the ceilings of problem.max_weight and problem.max_epochs add up to {room:.4g} "
-                f"over {which}, expected at least 1; raise them."
-            )
-    return faults
-
-
-def numbers(
-    option: str, words: Sequence[str], known: Sequence[str], faults: list[str]
-) -> tuple[dict[str, float], float | None]:
-    """The name=number words of an option, and its bare number; what is wrong is added to faults."""
-    given: dict[str, float] = {}
-    everywhere: float | None = None
-    for word in words:
-        name, equals, text = word.rpartition("=")
-        name = name.strip()
-        try:
-            value = float(text)
-        except ValueError:
-            faults.append(f"problem.{option} must be name=number or a number, got {word!r}.")
-            continue
-        if (not equals and everywhere is not None) or name in given:
-            faults.append(f"problem.{option} is given twice for {name or 'all'}; keep one.")
-        elif not equals:
-            everywhere = value
-        elif name not in known:
-            faults.append(f"problem.{option}: nothing is called {name!r}{_hint(name, known)}.")
-        else:
-            given[name] = value
-    return given, everywhere
-
-
-def _hint(word: str, known: Sequence[str]) -> str:
-    near = get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(known[:12])}"
 
 
 def _positive(weights: Tensor) -> Tensor:
