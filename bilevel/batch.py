@@ -50,9 +50,10 @@ class Batch(Problem):
         with torch.no_grad():  # data that a loss makes when first called must not be made in vmap
             for loss, batch in zip((problem.upper, problem.lower), problem.whole(), strict=True):
                 loss(*starts[0], batch)
-        for level, name in (("upper", "project_upper"), ("lower", "project_lower")):
-            if constrained(problem, "upper" if level == "upper" else "lower"):
-                vars(self)[name] = torch.func.vmap(getattr(problem, name))
+        for level in ("upper", "lower"):
+            if constrained(problem, level):
+                project = getattr(problem, f"project_{level}")
+                vars(self)[f"project_{level}"] = torch.func.vmap(project)
 
     @staticmethod
     def seeds(problem: Problem, seeds: Sequence[int]) -> Batch:

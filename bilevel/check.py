@@ -15,7 +15,7 @@ from bilevel.linear import norm
 from bilevel.memory import Full, Memory
 from bilevel.oracle import Oracle
 from bilevel.plugins import find
-from bilevel.problem import Problem, constrained
+from bilevel.problem import Level, Problem, constrained
 from bilevel.solver import Solver
 from bilevel.tree import Value, leaves, structure_faults
 
@@ -156,8 +156,8 @@ def _loss(
     return []
 
 
-def _projection(problem: Problem, level: str, value: Value) -> list[str]:
-    if not constrained(problem, "upper" if level == "upper" else "lower"):
+def _projection(problem: Problem, level: Level, value: Value) -> list[str]:
+    if not constrained(problem, level):
         return []
     project = getattr(problem, f"project_{level}")
     with torch.no_grad():

@@ -103,7 +103,7 @@ def _as_given(words: Sequence[str]) -> str:
 
 
 def options_of(out: Path) -> dict[str, Any]:
-    """The options that `_claim` wrote."""
+    """The options that `claim` wrote."""
     return yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
 
 

@@ -33,6 +33,10 @@ class _Engine(Together):
     timeout: float
     reduces: bool
 
+    def __post_init__(self) -> None:
+        if faults := option_faults(self.processes, self.timeout):
+            raise InputError(faults)
+
     @abstractmethod
     def mesh(self, device: str) -> Any:
         """The mesh of processes that `fully_shard` takes."""
@@ -211,9 +215,6 @@ class FSDP2(_Engine):
     """Whether gradients are summed and cut up after every micro-batch rather than once a step: less
     memory, more communication."""
 
-    def __post_init__(self) -> None:
-        _check_options(self)
-
     def mesh(self, device: str) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -235,19 +236,11 @@ class DDP(_Engine):
     reduces: bool = False
     """Whether gradients are summed after every micro-batch rather than once a step."""
 
-    def __post_init__(self) -> None:
-        _check_options(self)
-
     def mesh(self, device: str) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
 
         names = ("replicate", "shard")
         return init_device_mesh(device, (processes.count(), 1), mesh_dim_names=names)
-
-
-def _check_options(launcher: _Engine) -> None:
-    if faults := option_faults(launcher.processes, launcher.timeout):
-        raise InputError(faults)
 
 
 def _fill(module: nn.Module, source: nn.Module, wanted: Callable[[str], bool]) -> None:

@@ -6,12 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bilevel.tree import Value, clone, structure_faults
+
+Level: TypeAlias = Literal["upper", "lower"]
+"""Of the two: upper has x and f, lower has y and g."""
 
 
 class Stream(ABC):
@@ -255,7 +258,7 @@ class Functions(Problem):
         return self._lower(x, y)
 
 
-def constrained(problem: Problem, level: Literal["upper", "lower"]) -> bool:
+def constrained(problem: Problem, level: Level) -> bool:
     """Whether a problem has a feasible set of its own for x ("upper") or y ("lower").
 
     >>> one = torch.ones(())

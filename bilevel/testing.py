@@ -10,7 +10,7 @@ import torch
 
 from bilevel.check import probe
 from bilevel.hypergradient import hypergradient
-from bilevel.problem import Problem, constrained
+from bilevel.problem import Level, Problem, constrained
 from bilevel.resolve import resolve
 from bilevel.solve import solve
 from bilevel.solver import Solver
@@ -62,11 +62,11 @@ def check_solver(solver: Solver, problem: Problem, *, steps: int = 4) -> None:
     >>> check_solver(AID(), Quadratic())
     """
     faults = []
-    worst: dict[str, float] = {"upper": 0.0, "lower": 0.0}
+    worst: dict[Level, float] = {"upper": 0.0, "lower": 0.0}
     counted: list[dict[str, int]] = []
 
     def watch(state: Any, record: dict[str, Any]) -> None:
-        for level, name in (("upper", "x"), ("lower", "y")):
+        for level, name in zip(worst, "xy", strict=True):
             value = state.variables[name].value
             worst[level] = max(worst[level], _outside(problem, level, value))
         counted.append(dict(state.counts))
@@ -163,8 +163,8 @@ def _whole_lower(problem: Problem) -> list[Any]:
     return list(problem.split(problem.whole()[1]))
 
 
-def _outside(problem: Problem, level: str, value: Value) -> float:
-    if not constrained(problem, "upper" if level == "upper" else "lower"):
+def _outside(problem: Problem, level: Level, value: Value) -> float:
+    if not constrained(problem, level):
         return 0.0
     with torch.no_grad():
         nearest = getattr(problem, f"project_{level}")(value)
