@@ -14,7 +14,8 @@ from exports_case import answer_of, command, export, lines_of, make_run, records
 import bilevel
 from bilevel import InputError
 from bilevel.problems.llm_reweight import LLMReweight, data, output
-from bilevel.problems.llm_reweight.exports import TOOLS, job, originals
+from bilevel.problems.llm_reweight.exports import TOOLS, originals
+from bilevel.problems.llm_reweight.exports import source as source_module
 from bilevel.problems.llm_reweight.formats import Reading
 from bilevel.problems.llm_reweight.records import read_source
 
@@ -143,7 +144,7 @@ def test_every_format_that_is_read_can_be_written(tmp_path):
 
 
 def test_names_that_differ_by_case_get_files_of_their_own():
-    found = job._keys(["Code", "code", "CODE-2", "c de"])
+    found = source_module._keys(["Code", "code", "CODE-2", "c de"])
     assert len({name.casefold() for name in found}) == 4 and found[:2] == ["Code", "code-2"]
 
 

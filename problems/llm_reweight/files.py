@@ -7,6 +7,7 @@ import difflib
 import io
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from bilevel.problems.llm_reweight.compressed import MOST, decompressed, not_ins
 from bilevel.problems.llm_reweight.faults import fault, malformed, place
 
 NESTED = ("messages", "conversations", "tools", "history", "chosen", "rejected")
-"""Columns whose cells hold JSON where a table cannot hold a list."""
+"""Keys of lists and objects; the cells of such columns hold JSON where a table cannot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +141,14 @@ def _decode(data: bytes, path: str, bad: Bad, *, skip: bool) -> str:
         offset = data.find(b"\0")
     except UnicodeDecodeError as error:
         # With a byte order mark the decoder counts from behind it.
-        offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+        offset = error.start + (3 if data.startswith(BOM_UTF8) else 0)
         text = ""
     if offset >= 0:
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff")) or data[offset] == 0
         if not skip or wide:
             line = data.count(b"\n", 0, offset) + 1
             raise InputError(_encoding(data, path, line, offset))
-        text = "\n".join(_decoded_lines(data.removeprefix(b"\xef\xbb\xbf"), path, bad))
+        text = "\n".join(_decoded_lines(data.removeprefix(BOM_UTF8), path, bad))
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

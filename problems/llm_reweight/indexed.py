@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,9 +25,6 @@ PIECE = 1 << 24
 
 HEAD, DRAWN = 1000, 2000
 """Records from the beginning, and records from anywhere, that are looked at before a run."""
-
-MARK = b"\xef\xbb\xbf"
-"""The byte order mark of UTF-8."""
 
 LONGEST = 1 << 26
 """Bytes within which the first record has to end."""
@@ -62,7 +60,7 @@ def scan(path: str) -> Index:
             rest = parts.pop()
             lengths.append(_each(len, parts, np.int64))
             if len(lengths) == 1 and parts:
-                parts[0] = parts[0].removeprefix(MARK)
+                parts[0] = parts[0].removeprefix(BOM_UTF8)
             digests.append(_each(hash, parts, np.int64))
             blanks.append(_each(bytes.isspace, parts, np.bool_))
     lengths.append(_each(len, [rest], np.int64))
@@ -163,7 +161,7 @@ class Lines(Sequence[Example]):
         start, end = (int(offset) for offset in self.places.starts[number : number + 2])
         line = int(self.places.lines[number])
         data = self._bytes(start, end - start).strip()
-        data = data.removeprefix(MARK) if start == 0 else data
+        data = data.removeprefix(BOM_UTF8) if start == 0 else data
         last = end == self.places.size
         value, wrong = files.parse_line(data, self.path, line, last=last)
         if wrong:
@@ -187,7 +185,7 @@ def is_large(path: str, reading: Reading) -> bool:
         if os.path.getsize(path) <= reading.held or not os.path.isfile(path):
             return False
         with open(path, "rb") as file:
-            head = file.readline(LONGEST).removeprefix(MARK)
+            head = file.readline(LONGEST).removeprefix(BOM_UTF8)
             while head.isspace():
                 head = file.readline(LONGEST)
     except (OSError, ValueError):  # told by who reads it

@@ -15,8 +15,9 @@ import yaml
 from bilevel import InputError
 from bilevel.problem import Exporter
 from bilevel.problems.llm_reweight.exports import finetuners, mixed, pretraining
-from bilevel.problems.llm_reweight.exports.job import Job, Records, Source, load, put
+from bilevel.problems.llm_reweight.exports.job import Job, Records, put
 from bilevel.problems.llm_reweight.exports.shares import REPEATED
+from bilevel.problems.llm_reweight.exports.source import Source, load
 from bilevel.problems.llm_reweight.exports.tool import SOME, Tool, Written
 
 MOST = 100_000_000  # examples; the list of those drawn is held in memory

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from bilevel.problems.llm_reweight.exports.job import Job, Source, as_messages, as_text
+from bilevel.problems.llm_reweight.exports.job import Job, as_messages, as_text
 from bilevel.problems.llm_reweight.exports.shares import REPEATED, exact_fraction
+from bilevel.problems.llm_reweight.exports.source import Source
 from bilevel.problems.llm_reweight.exports.tool import Written, counted
 
 TAGS = {

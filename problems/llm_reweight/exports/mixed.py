@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from bilevel import InputError
-from bilevel.problems.llm_reweight.exports.job import Job, Source, as_messages, as_text, formed
+from bilevel.problems.llm_reweight.exports.job import Job, as_messages, as_text, formed
 from bilevel.problems.llm_reweight.exports.shares import exact_fraction
+from bilevel.problems.llm_reweight.exports.source import Source
 from bilevel.problems.llm_reweight.exports.tool import Written, counted
 
 SCHEMA = "bilevel.mixed/1"

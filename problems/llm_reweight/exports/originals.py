@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -17,8 +18,6 @@ from bilevel.problems.llm_reweight import files, formats
 from bilevel.problems.llm_reweight.data import Data
 from bilevel.problems.llm_reweight.examples import Former
 from bilevel.problems.llm_reweight.formats import Reading
-
-CHUNK = 1 << 20
 
 
 class Originals:
@@ -134,13 +133,13 @@ def _has_lines(path: str) -> bool:
     with open(path, "rb") as file:
         head = file.read(4)
         file.seek(0)
-        first = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+        first = next((line for line in file if line.strip(BOM_UTF8 + b" \t\r\n")), b"")
     if head.startswith((b"PAR1", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
         return False
     try:
         value = json.loads(first.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        return first.lstrip(b"\xef\xbb\xbf \t")[:1] == b"{" and first.rstrip()[-1:] == b"}"
+        return first.lstrip(BOM_UTF8 + b" \t")[:1] == b"{" and first.rstrip()[-1:] == b"}"
     return isinstance(value, dict) and not isinstance(value.get("instances"), list)
 
 
@@ -154,11 +153,9 @@ def _unchanged(name: str, path: str, sha256: str) -> None:
             f"source {name} was given as records in memory; write them to a file, and learn the "
             "weights from that."
         )
-    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while block := file.read(CHUNK):
-                digest.update(block)
+            digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         raise InputError(
             f"source {name}: {path} cannot be read ({error.strerror}); put it back there."
@@ -175,7 +172,7 @@ def _line_starts(path: str) -> Iterator[int]:
     place = 0
     with open(path, "rb") as file:
         for line in file:
-            mark = 3 if place == 0 and line.startswith(b"\xef\xbb\xbf") else 0
+            mark = len(BOM_UTF8) if place == 0 and line.startswith(BOM_UTF8) else 0
             if line[mark:].strip():
                 yield place + mark
             place += len(line)

@@ -10,7 +10,8 @@ import yaml
 
 from bilevel import InputError
 from bilevel.problems.llm_reweight import formats
-from bilevel.problems.llm_reweight.exports.job import Job, Source, as_messages, as_text
+from bilevel.problems.llm_reweight.exports.job import Job, as_messages, as_text
+from bilevel.problems.llm_reweight.exports.source import Source
 from bilevel.problems.llm_reweight.exports.tool import Written
 
 
