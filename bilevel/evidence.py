@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 RESIDUAL = 0.1  # relative; the error of a hypergradient is about as large
@@ -50,34 +50,46 @@ def warnings(history: Sequence[dict[str, Any]]) -> list[str]:
     """
     if not history:
         return []
-    last, found = history[-1], []
+    last = history[-1]
+    scale = max(abs(row.get("upper", 0.0)) for row in history)
+    return [*_unmoved(history), *_implicit(last), *_lower(last, scale)]
+
+
+def _unmoved(history: Sequence[dict[str, Any]]) -> Iterator[str]:
     changes = [row["change"] for row in history if "change" in row]
     if not changes:
-        found.append(
+        yield (
             "no step has moved x: all were within the solver's warm-up. Allow more steps, or lower "
             "warmup."
         )
     elif len(changes) > 1 and not any(changes):
-        found.append(
+        yield (
             "x never moved: its gradient was zero at every step, or within what the solver takes "
             "for noise, or bounds hold x. Check that a loss depends on x, allow more steps, raise "
             "upper_lr, or choose a method that sees x through the lower level."
         )
+
+
+def _implicit(last: dict[str, Any]) -> Iterator[str]:
+    """On v ~ H^-1 grad_y f."""
     if last.get("linear_residual", 0.0) > RESIDUAL:
-        found.append(
+        yield (
             f"the linear system was solved only to a relative residual of "
             f"{last['linear_residual']:.2g}; raise linear_steps (inner_steps of "
             "itd, linear_lr of single-loop methods), or add damping."
         )
     if last.get("curvature"):
-        found.append(
+        yield (
             "the lower loss is not strongly convex at y, so v = H^-1 grad_y f is not unique; add "
             "damping, or use a penalty solver."
         )
-    scale = max(abs(row.get("upper", 0.0)) for row in history)
+
+
+def _lower(last: dict[str, Any], scale: float) -> Iterator[str]:
+    """On y and its twins; `scale` is the largest upper loss seen."""
     error = last.get("lower_error", 0.0)
     if error > SHARE * scale:
-        found.append(
+        yield (
             f"the lower level is not solved: the upper loss is off by about {error:.2g}; raise "
             "inner_steps or lower_lr."
         )
@@ -85,13 +97,12 @@ def warnings(history: Sequence[dict[str, Any]]) -> list[str]:
     if last.get("stencil", 1) > 1:  # there either sign is bias
         gap = abs(gap)
     if gap > SHARE * scale:
-        found.append(
+        yield (
             f"the penalized value is off by about {gap:.2g}; raise the penalty, its growth or "
             "inner_steps."
         )
     if gap < -scale:
-        found.append(
+        yield (
             f"the lower level is not solved: y, which also follows the upper loss, has the smaller "
             f"lower loss (penalty_gap {gap:.2g}); raise inner_steps or lower_lr."
         )
-    return found

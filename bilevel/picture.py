@@ -10,18 +10,21 @@ COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 """Paul Tol's bright scheme, told apart also by color-blind readers."""
 
 
-def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (7.0, 4.0)) -> Any:
+def figure(
+    rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (7.0, 4.0), dpi: int = 110
+) -> Any:
     """An empty figure and its axes, one or an array of them, as `matplotlib.pyplot.subplots` gives.
 
     Args:
         rows: Of the grid of axes.
         columns: Of the grid of axes.
         size: Width and height, inches.
+        dpi: Pixels of an inch.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=size, layout="constrained", dpi=110)
+    drawn = Figure(figsize=size, layout="constrained", dpi=dpi)
     FigureCanvasAgg(drawn)
     axes = drawn.subplots(rows, columns)
     for one in drawn.axes:

@@ -102,25 +102,7 @@ def contradictions(
     clip = config.get("gradient_clipping", AUTO)
     if clip not in (AUTO, options.get("clip", 0.0)):
         faults.append(_two("gradient_clipping", clip, f"solver.clip={options.get('clip', 0.0)}"))
-    wanted = zero.get("stage", AUTO)
-    if wanted != AUTO and stage and wanted != stage:
-        faults.append(_two("zero_optimization.stage", wanted, f"launcher.stage={stage}"))
-    elif wanted not in (AUTO, 2, 3):
-        faults.append(
-            f"launcher.config has zero_optimization.stage={wanted}, expected 2 or 3; use "
-            "launcher=ddp where nothing is to be sharded."
-        )
-    for part in ("offload_optimizer", "offload_param"):
-        device = _section(zero, part).get("device", "none")
-        if device == "nvme":
-            faults.append(
-                f"launcher.config has zero_optimization.{part}.device=nvme, which cannot be saved "
-                "in checkpoints; use cpu."
-            )
-    device = _section(zero, "offload_optimizer").get("device", AUTO)
-    if offload and device not in (AUTO, "cpu"):
-        key = "zero_optimization.offload_optimizer.device"
-        faults.append(_two(key, device, "launcher.offload=true"))
+    faults += _sharding(zero, stage, offload)
     faults += [
         f"launcher.config has {key}={_at(config, key)}, expected {value}; leave it out."
         for key, value in FIXED.items()
@@ -201,6 +183,21 @@ def filled(
     zero["stage"] = settled
     if offload:
         zero["offload_optimizer"] = _section(zero, "offload_optimizer") | {"device": "cpu"}
+    _set_buckets(zero, width, most)
+    for key in ("steps_per_print", "communication_data_type"):
+        if own.get(key) == AUTO:
+            del own[key]
+    left = [path for path, value in _walk(own) if value == AUTO]
+    if left:
+        raise InputError(
+            f'launcher.config has "auto" for {", ".join(left)}, which nothing here decides; write '
+            "a value, or leave it out."
+        )
+    return own
+
+
+def _set_buckets(zero: dict[str, Any], width: int | None, most: int) -> None:
+    """The sizes of buckets that are "auto", for a model of this width with so many numbers."""
     sizes = {
         "reduce_bucket_size": 1.0,
         "stage3_prefetch_bucket_size": 0.9,
@@ -212,16 +209,6 @@ def filled(
             if width:
                 zero[key] = int(share * width * width)
     zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", BUCKET)), most)
-    for key in ("steps_per_print", "communication_data_type"):
-        if own.get(key) == AUTO:
-            del own[key]
-    left = [path for path, value in _walk(own) if value == AUTO]
-    if left:
-        raise InputError(
-            f'launcher.config has "auto" for {", ".join(left)}, which nothing here decides; write '
-            "a value, or leave it out."
-        )
-    return own
 
 
 def _accelerate(env: Mapping[str, str]) -> dict[str, Any]:
@@ -241,6 +228,31 @@ def _accelerate(env: Mapping[str, str]) -> dict[str, Any]:
         "gradient_clipping": AUTO if clip == "none" else float(clip),
         **({numbers: {"enabled": True}} if numbers in ("bf16", "fp16") else {}),
     }
+
+
+def _sharding(zero: dict[str, Any], stage: int, offload: bool) -> list[str]:
+    """What stage and offload of a config contradict, given those of the launcher."""
+    faults = []
+    wanted = zero.get("stage", AUTO)
+    if wanted != AUTO and stage and wanted != stage:
+        faults.append(_two("zero_optimization.stage", wanted, f"launcher.stage={stage}"))
+    elif wanted not in (AUTO, 2, 3):
+        faults.append(
+            f"launcher.config has zero_optimization.stage={wanted}, expected 2 or 3; use "
+            "launcher=ddp where nothing is to be sharded."
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        device = _section(zero, part).get("device", "none")
+        if device == "nvme":
+            faults.append(
+                f"launcher.config has zero_optimization.{part}.device=nvme, which cannot be saved "
+                "in checkpoints; use cpu."
+            )
+    device = _section(zero, "offload_optimizer").get("device", AUTO)
+    if offload and device not in (AUTO, "cpu"):
+        key = "zero_optimization.offload_optimizer.device"
+        faults.append(_two(key, device, "launcher.offload=true"))
+    return faults
 
 
 def _batches(config: dict[str, Any], problem: Problem, count: int) -> list[str]:

@@ -25,7 +25,7 @@ ORDER = [
     ["__init__"],
     ["options"],
     ["folder"],
-    ["report", "run", "plan", "export"],
+    ["run", "plan", "export"],
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 

@@ -47,22 +47,7 @@ def corpus(
     notes = []
     if not modules:
         notes.append(f"no library sources in {folder}: docstrings of compiled modules instead")
-    docs: dict[str, list[str]] = {"train": [], "target": [], "test": []}
-    code: list[str] = []
-    seen: set[str] = set()
-    for name, texts in modules.items():
-        part = _part(name)
-        for text in texts:
-            if (tree := _parse(text)) is None:
-                continue
-            docs[part] += [d for d in _docstrings(tree) if not (d in seen or seen.add(d))]
-            if part == "train" and sum(map(len, code)) < source_bytes:
-                code += _pieces(_without_docstrings(text, tree))
-    if not modules:
-        for name in C_MODULES:
-            found = [d for d in _runtime_docstrings(name) if not (d in seen or seen.add(d))]
-            for i, text in enumerate(found):
-                docs[("train", "train", "target", "test")[i % 4]].append(text)
+    docs, code = _collected(modules, source_bytes)
     for texts in docs.values():
         random.Random(0).shuffle(texts)
     train = _cap(docs["train"], source_bytes)
@@ -108,6 +93,27 @@ def scramble(paragraphs: Sequence[str], share: float, seed: int) -> tuple[str, .
 def halves(paragraphs: Sequence[str], n: int = 2) -> tuple[tuple[str, ...], ...]:
     """`n` interleaved cuts of one source."""
     return tuple(tuple(paragraphs[i::n]) for i in range(n))
+
+
+def _collected(modules: dict[str, list[str]], most: int) -> tuple[dict[str, list[str]], list[str]]:
+    """Docstrings by part, every one once, and code of training modules, about `most` letters."""
+    docs: dict[str, list[str]] = {"train": [], "target": [], "test": []}
+    code: list[str] = []
+    seen: set[str] = set()
+    for name, texts in modules.items():
+        part = _part(name)
+        for text in texts:
+            if (tree := _parse(text)) is None:
+                continue
+            docs[part] += [d for d in _docstrings(tree) if not (d in seen or seen.add(d))]
+            if part == "train" and sum(map(len, code)) < most:
+                code += _pieces(_without_docstrings(text, tree))
+    if not modules:
+        for name in C_MODULES:
+            found = [d for d in _runtime_docstrings(name) if not (d in seen or seen.add(d))]
+            for i, text in enumerate(found):
+                docs[("train", "train", "target", "test")[i % 4]].append(text)
+    return docs, code
 
 
 def _modules(folder: Path) -> dict[str, list[str]]:

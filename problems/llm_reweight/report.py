@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bilevel import picture
+
 LINES = 9
 """Sources drawn in a color of their own; the others are gray. Matplotlib has ten colors."""
 POINTS = 500
@@ -124,14 +126,7 @@ def _images(
 
 def _figure(*, width: float = 5.6, height: float = 3.6) -> tuple[Any, Any]:
     """A figure whose letters can be read at the width of a phone."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=140)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return picture.figure(size=(width, height), dpi=140)
 
 
 def _weights(histories: Histories, folder: Path) -> Path:
