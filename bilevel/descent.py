@@ -16,7 +16,7 @@ from bilevel.oracle import Curvature, Gradients, Vector
 from bilevel.problem import Problem, constrained
 from bilevel.result import Status
 from bilevel.solver import State, finite_loss
-from bilevel.tree import dot, leaves, norm
+from bilevel.tree import dot, leaves, norm, snapshot
 from bilevel.variable import OptimizerFactory, Variable
 
 COUNTS = ("upper_grad", "lower_grad", "hvp", "cross")
@@ -137,7 +137,7 @@ def step_with_upper(launcher: Launcher, state: State, others: Sequence[Variable]
     x = state.variables["x"]
     if not all(bool(g.isfinite().all()) for g in x.gradient()):
         raise NonFiniteError("the gradient of x is not finite")
-    before = [p.detach().clone() for p in leaves(x.value)]
+    before = snapshot(x.value)
     launcher.step([*others, x])
     moves = ((p.detach() - b).abs().amax() for p, b in zip(leaves(x.value), before, strict=True))
     state.numbers["change"] = max(map(float, moves))

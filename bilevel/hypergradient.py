@@ -19,7 +19,7 @@ from bilevel.plugins import find
 from bilevel.problem import Problem, constrained
 from bilevel.resolve import Lower, resolve
 from bilevel.solver import Solver, State
-from bilevel.tree import Value, clone, dot, leaves
+from bilevel.tree import Value, clone, dot, flatten, leaves, unflatten
 from bilevel.variable import OptimizerFactory, Variable
 
 DENSE = 2000  # entries of y up to which H is formed: 32 MB and seconds
@@ -185,14 +185,12 @@ Solved = tuple[Vector, dict[str, float], list[str]]
 
 
 def _dense(bend: Curvature, r: Vector) -> Solved:
-    flat = torch.cat([t.flatten() for t in r])
-    sizes = [t.numel() for t in r]
+    flat = flatten(r)
     rows = []
     for i in range(len(flat)):
         unit = torch.zeros_like(flat)
         unit[i] = 1.0
-        image = bend.hvp([p.view_as(t) for p, t in zip(unit.split(sizes), r, strict=True)])
-        rows.append(torch.cat([t.flatten() for t in image]))
+        rows.append(flatten(bend.hvp(unflatten(unit, r))))
     h = torch.stack(rows).double()
     spectrum, basis = torch.linalg.eigh((h + h.T) / 2)
     low, high = float(spectrum[0]), float(spectrum[-1])
@@ -212,8 +210,8 @@ def _dense(bend: Curvature, r: Vector) -> Solved:
             "hypergradient at the y that was found; regularize g, or use a penalty solver, which "
             "takes the y best for f."
         )
-    shaped = [p.view_as(t).to(t) for p, t in zip(v.split(sizes), r, strict=True)]
-    return shaped, {"linear_residual": rest, "smallest": low, "largest": high}, found
+    evidence = {"linear_residual": rest, "smallest": low, "largest": high}
+    return unflatten(v, r), evidence, found
 
 
 def _iterative(bend: Curvature, r: Vector) -> Solved:

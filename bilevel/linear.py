@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import InputError
-from bilevel.tree import dot, norm
+from bilevel.tree import dot, flatten, norm, unflatten
 
 Vector = list[Tensor]
 Matvec = Callable[[Vector], Vector]
@@ -154,14 +154,13 @@ class MINRES(LinearSolver):
         from scipy.sparse import linalg
 
         products = 0
-        shapes, size = [t.shape for t in b], sum(t.numel() for t in b)
+        size = sum(t.numel() for t in b)
 
         def unpack(flat: np.ndarray) -> Vector:
-            parts = torch.from_numpy(np.asarray(flat)).split([s.numel() for s in shapes])
-            return [p.view(s).to(t) for p, s, t in zip(parts, shapes, b, strict=True)]
+            return unflatten(torch.from_numpy(np.asarray(flat)), b)
 
         def pack(v: Vector) -> np.ndarray:
-            return torch.cat([t.detach().double().cpu().flatten() for t in v]).numpy()
+            return flatten(v).detach().double().cpu().numpy()
 
         def apply(flat: np.ndarray) -> np.ndarray:
             nonlocal products
@@ -266,8 +265,7 @@ class Nystrom(LinearSolver):
             raise InputError(f"damping must be positive, got damping={self.damping}.")
 
     def solve(self, matvec: Matvec, b: Vector, start: Vector | None = None) -> LinearResult:
-        flat = torch.cat([t.flatten() for t in b])
-        sizes = [t.numel() for t in b]
+        flat = flatten(b)
         rank = min(self.rank, len(flat))
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(len(flat), generator=generator)[:rank].to(flat.device)
@@ -275,9 +273,7 @@ class Nystrom(LinearSolver):
         def column(i: Tensor) -> Tensor:
             unit = torch.zeros_like(flat)
             unit[i] = 1.0
-            parts = unit.split(sizes)
-            image = matvec([p.view(t.shape) for p, t in zip(parts, b, strict=True)])
-            return torch.cat([t.flatten() for t in image])
+            return flatten(matvec(unflatten(unit, b)))
 
         c = torch.stack([column(i) for i in chosen], dim=1)
         w = c[chosen]
@@ -285,9 +281,8 @@ class Nystrom(LinearSolver):
         v = (flat - c @ torch.linalg.lstsq(inner, c.T @ flat, driver="gelsd").solution) / (
             self.damping
         )
-        parts = v.split(sizes)
         return LinearResult(
-            solution=[p.view(t.shape) for p, t in zip(parts, b, strict=True)],
+            solution=unflatten(v, b),
             residual=math.nan,
             products=rank,
             status=LinearStatus.STEPS,
@@ -319,13 +314,11 @@ class Fisher(LinearSolver):
     def solve(self, matvec: Matvec, b: Vector, start: Vector | None = None) -> LinearResult:
         v = b
         if self.rows:
-            flat = torch.cat([t.flatten() for t in b])
-            g = torch.stack([torch.cat([t.flatten() for t in row]) for row in self.rows])
+            flat = flatten(b)
+            g = torch.stack([flatten(row) for row in self.rows])
             inner = g @ g.T
             inner.diagonal().add_(len(g) * self.damping)
-            flat = flat - g.T @ torch.linalg.solve(inner, g @ flat)
-            parts = flat.split([t.numel() for t in b])
-            v = [p.view(t.shape) for p, t in zip(parts, b, strict=True)]
+            v = unflatten(flat - g.T @ torch.linalg.solve(inner, g @ flat), b)
         return LinearResult(
             solution=[t / self.damping for t in v],
             residual=math.nan,

@@ -10,7 +10,7 @@ from bilevel.errors import InputError
 from bilevel.linear import CG, LinearStatus, norm
 from bilevel.oracle import Oracle, Vector
 from bilevel.problem import Problem, constrained
-from bilevel.tree import Value, clone, leaves, map_leaves
+from bilevel.tree import Value, clone, flatten, leaves, map_leaves, snapshot, unflatten
 
 POLISH = 5  # Newton steps after L-BFGS, which alone stops near the square root of the precision
 
@@ -111,14 +111,15 @@ def _lbfgs(oracle: Oracle, x: Value, y: Value, batch: object, goal: float, steps
     from scipy.optimize import minimize
 
     def evaluate(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        _unpack(flat, leaves(y))
+        _assign(y, unflatten(torch.as_tensor(flat), leaves(y)))
         here = oracle.lower(x, y, batch)
-        return here.value, _pack(here.y)
+        return here.value, flatten(here.y).double().cpu().numpy()
 
-    size = sum(p.numel() for p in leaves(y))
-    options = {"maxiter": steps, "maxfun": 2 * steps, "ftol": 0.0, "gtol": goal / size**0.5}
-    found = minimize(evaluate, _pack(leaves(y)), jac=True, method="L-BFGS-B", options=options)
-    _unpack(found.x, leaves(y))
+    start = flatten(snapshot(y)).double().cpu().numpy()
+    tolerance = goal / len(start) ** 0.5
+    options = {"maxiter": steps, "maxfun": 2 * steps, "ftol": 0.0, "gtol": tolerance}
+    found = minimize(evaluate, start, jac=True, method="L-BFGS-B", options=options)
+    _assign(y, unflatten(torch.as_tensor(found.x), leaves(y)))
 
 
 def _newton(
@@ -140,7 +141,7 @@ def _newton(
             break
         if result.status is LinearStatus.CURVATURE:
             break
-        before = [p.detach().clone() for p in leaves(y)]
+        before = snapshot(y)
         eps = max(torch.finfo(p.dtype).eps for p in before)
         short = norm(result.solution) <= max(tolerance, 100 * eps) * (1 + norm(before))
         _assign(y, [p - v for p, v in zip(before, result.solution, strict=True)])
@@ -164,7 +165,7 @@ def _projected(
     """Accelerated projected gradients with backtracking; returns the length of a unit step."""
     size, momentum = 1.0, 1.0
     _assign(y, leaves(problem.project_lower(y)))
-    point = [p.detach().clone() for p in leaves(y)]
+    point = snapshot(y)
     previous = point
     for _ in range(steps):
         _assign(y, point)
@@ -173,7 +174,7 @@ def _projected(
             _assign(y, [p - size * g for p, g in zip(point, here.y, strict=True)])
             with torch.no_grad():
                 _assign(y, leaves(problem.project_lower(y)))
-            new = [p.detach().clone() for p in leaves(y)]
+            new = snapshot(y)
             move = [a - b for a, b in zip(new, point, strict=True)]
             with torch.no_grad():
                 value = sum(float(problem.lower(x, y, part)) for part in problem.split(batch))
@@ -191,11 +192,16 @@ def _projected(
         factor = (momentum - 1) / following
         point = [n + factor * s for n, s in zip(new, step, strict=True)]
         previous, momentum = new, following
+    return _unit_step(problem, oracle, x, y, batch)
+
+
+def _unit_step(problem: Problem, oracle: Oracle, x: Value, y: Value, batch: object) -> float:
+    """The length of a projected gradient step of size 1, which is not taken."""
     here = oracle.lower(x, y, batch)
-    before = [p.detach().clone() for p in leaves(y)]
+    before = snapshot(y)
     _assign(y, [p - g for p, g in zip(before, here.y, strict=True)])
     with torch.no_grad():
-        moved = [p.detach().clone() for p in leaves(problem.project_lower(y))]
+        moved = snapshot(problem.project_lower(y))
     _assign(y, before)
     return norm([a - b for a, b in zip(moved, before, strict=True)])
 
@@ -208,14 +214,3 @@ def _assign(y: Value, tensors: Vector) -> None:
     with torch.no_grad():
         for p, t in zip(leaves(y), [t.clone() for t in tensors], strict=True):
             p.copy_(t)
-
-
-def _pack(v: Vector):  # -> numpy.ndarray, imported where it is used
-    return torch.cat([t.detach().double().cpu().flatten() for t in v]).numpy()
-
-
-def _unpack(flat: object, into: Vector) -> None:
-    parts = torch.as_tensor(flat).split([p.numel() for p in into])
-    with torch.no_grad():
-        for p, t in zip(into, parts, strict=True):
-            p.copy_(t.view(p.shape))

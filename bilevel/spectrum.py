@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import NonFiniteError
+from bilevel.tree import flatten, unflatten
 
 
 def extremes(
@@ -32,15 +33,12 @@ def extremes(
     >>> round(low, 9), round(high, 9)
     (1.0, 5.0)
     """
-    sizes = [t.numel() for t in like]
 
     def apply(flat: Tensor) -> Tensor:
-        parts = flat.split(sizes)
-        image = matvec([p.view(t.shape).to(t) for p, t in zip(parts, like, strict=True)])
-        return torch.cat([t.flatten().double().cpu() for t in image])
+        return flatten(matvec(unflatten(flat, like))).double().cpu()
 
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)
+    q = torch.randn(sum(t.numel() for t in like), generator=generator, dtype=torch.float64)
     basis, diagonal, beside = [q / q.norm()], [], []
     while True:
         image = apply(basis[-1])

@@ -53,6 +53,30 @@ def named_leaves(value: Value) -> dict[str, Tensor]:
     return {pytree.keystr(path) or "value": leaf for path, leaf in pairs}
 
 
+def snapshot(value: Value) -> list[Tensor]:
+    """Detached copies of the leaves of a value."""
+    return [leaf.detach().clone() for leaf in leaves(value)]
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """All entries of tensors in one vector.
+
+    >>> flatten([torch.zeros(2), torch.ones(1, 2)])
+    tensor([0., 0., 1., 1.])
+    """
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The entries of a vector as tensors like these, of their shapes, types and devices.
+
+    >>> unflatten(torch.arange(3.0), [torch.zeros(1), torch.zeros(2, 1)])[1].tolist()
+    [[1.0], [2.0]]
+    """
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.view(t.shape).to(t) for part, t in zip(parts, like, strict=True)]
+
+
 def map_leaves(function: Callable[[Tensor], Tensor], value: Value) -> Value:
     """The same tree with `function` applied to each tensor; not for modules.
 

@@ -15,7 +15,7 @@ from bilevel.oracle import Oracle, Vector
 from bilevel.problem import Problem
 from bilevel.result import Status
 from bilevel.solver import Solver, State, free_lower, require
-from bilevel.tree import leaves
+from bilevel.tree import leaves, snapshot
 from bilevel.variable import optimizer_by_name
 
 
@@ -81,7 +81,7 @@ class DARTS(Solver):
         x, y = state.variables["x"], state.variables["y"]
         oracle = Oracle(problem, state.counts)
         upper_batch, lower_batch = (next(state.streams[level]) for level in ("upper", "lower"))
-        here = [p.detach().clone() for p in leaves(y.value)]
+        here = snapshot(y.value)
         moves = [p.requires_grad for p in leaves(y.value)]  # a memory strategy holds the others
         xi = self.virtual_lr or self.lower_lr
         bend = oracle.finite_curvature(x.value, y.value, lower_batch, spacing=self.spacing)

@@ -25,7 +25,7 @@ from bilevel.oracle import Oracle, Vector
 from bilevel.problem import Always, Problem
 from bilevel.result import Status
 from bilevel.solver import Solver, State, free_lower, require
-from bilevel.tree import leaves
+from bilevel.tree import leaves, snapshot
 from bilevel.variable import optimizer_by_name
 
 SCHEDULES: dict[str, Callable[[int], float]] = {
@@ -110,7 +110,7 @@ class HOAG(Solver):
             size = norm(gradient) / math.sqrt(sum(g.numel() for g in gradient))
             state.numbers["smoothness"] = self.smoothness or size or 1.0
         set_lr(x, 1.0 / state.numbers["smoothness"])
-        was = [p.detach().clone() for p in leaves(x.value)]
+        was = snapshot(x.value)
         move_upper(launcher, state, gradient)
         now = (p.detach() for p in leaves(x.value))
         state.numbers["moved"] = norm([p - q for p, q in zip(now, was, strict=True)])

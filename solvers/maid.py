@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from bilevel.descent import begin, plus, set_lr, step_with_upper
 from bilevel.errors import InputError, NonFiniteError
@@ -19,7 +18,7 @@ from bilevel.problem import Problem, constrained
 from bilevel.result import Status
 from bilevel.solver import Solver, State, free_lower, require
 from bilevel.spectrum import extremes
-from bilevel.tree import leaves
+from bilevel.tree import leaves, snapshot
 from bilevel.variable import optimizer_by_name
 
 CONSTANTS = ("strong_convexity", "smoothness", "cross_norm", "upper_smoothness", "upper_cross_norm")
@@ -132,7 +131,7 @@ class MAID(Solver):
     def step(self, problem: Problem, launcher: Launcher, state: State) -> State:
         x, y = state.variables["x"], state.variables["y"]
         state.memory.before_step(state.step, [y])
-        start, begun = _copies(leaves(x.value)), _copies(leaves(y.value))
+        start, begun = snapshot(x.value), snapshot(y.value)
         try:
             found = _Search(self, problem, state).run()
         except NonFiniteError:
@@ -184,7 +183,7 @@ class _Search:
         self.project = problem.project_upper if constrained(problem, "upper") else None
         self.upper_batch, self.lower_batch = problem.whole()
         self.x, self.y = state.variables["x"], state.variables["y"]
-        self.start = _copies(leaves(self.x.value))
+        self.start = snapshot(self.x.value)
         table = state.vectors["constants"][0].tolist()
         self.known: dict[str, float] = dict(zip(CONSTANTS, table, strict=True))
 
@@ -236,7 +235,7 @@ class _Search:
 
     def _solve(self, e: float) -> _Point:
         """Steps on y until |grad_y g| <= e mu, as far as rounding and `lower_steps` let it."""
-        o, start = self.options, _copies(leaves(self.y.value))
+        o, start = self.options, snapshot(self.y.value)
         mu, bend = self.known["strong_convexity"], self.known["smoothness"]
         now, ahead, lower, size = start, start, None, math.inf
         first = best = math.inf
@@ -266,7 +265,7 @@ class _Search:
         if not (math.isfinite(upper.value) and math.isfinite(lower)):
             raise NonFiniteError(f"the upper loss is {upper.value}, the lower loss {lower}")
         return _Point(
-            y=_copies(leaves(self.y.value)),
+            y=snapshot(self.y.value),
             value=upper.value,
             lower=lower,
             along_x=upper.x,
@@ -305,7 +304,7 @@ class _Search:
         if self.project is not None:
             self.x.assign(end)
             with torch.no_grad():
-                end = _copies(leaves(self.project(self.x.value)))
+                end = snapshot(self.project(self.x.value))
             self.x.assign(self.start)
         return end, norm(plus(end, self.start, -1.0))
 
@@ -335,7 +334,7 @@ class _Search:
             ends = extremes(upper.hvp, leaves(y.value), steps=o.estimate_steps)
             seen["upper_smoothness"] = max(map(abs, ends))
             seen["upper_cross_norm"] = _spectral_norm(upper, leaves(x.value), o.estimate_steps)
-        before, here = self.state.vectors.get("before"), _copies(leaves(y.value))
+        before, here = self.state.vectors.get("before"), snapshot(y.value)
         apart = norm(plus(here, before, -1.0)) if before else 0.0
         if apart > 1e-6 * (1 + norm(here)) and norm(v) and before:  # else rounding is all one sees
             images = [bend.both(v)]
@@ -379,7 +378,3 @@ def _spectral_norm(bend: Curvature, like: Vector, steps: int) -> float:
     """The norm of J, from the largest eigenvalue of J'J."""
     largest = extremes(lambda u: bend.cross(bend.push(u)), like, steps=steps)[1]
     return math.sqrt(max(largest, 0.0))
-
-
-def _copies(tensors: list[Tensor]) -> Vector:
-    return [p.detach().clone() for p in tensors]

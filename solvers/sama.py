@@ -19,7 +19,7 @@ from bilevel.oracle import Oracle, Vector
 from bilevel.problem import Problem
 from bilevel.result import Status
 from bilevel.solver import Solver, State, free_lower, require
-from bilevel.tree import dot, leaves
+from bilevel.tree import dot, leaves, snapshot
 from bilevel.variable import Variable, optimizer_by_name
 
 
@@ -97,7 +97,7 @@ class SAMA(Solver):
     def _cross(self, oracle: Oracle, state: State, v: Vector) -> Vector:
         """J'v by the central difference; y is put back bit for bit."""
         x, y = state.variables["x"], state.variables["y"]
-        batch, here = next(state.streams["lower"]), [p.detach().clone() for p in leaves(y.value)]
+        batch, here = next(state.streams["lower"]), snapshot(y.value)
         e = self.alpha / max(norm(v), 1e-30)  # v = 0 gives two equal gradients, hence 0
         found: list[Vector] = []
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bilevel.solver import State
-from bilevel.tree import leaves
+from bilevel.tree import leaves, snapshot
 
 SMALLEST = 0.1  # B_0 of the authors' runs: below it the bound no longer shrinks
 SHRINK = 0.99  # of the bound at every restart, likewise
@@ -14,7 +14,7 @@ SHRINK = 0.99  # of the bound at every restart, likewise
 def extrapolate(state: State, momentum: float) -> None:
     """Move x_t to w_t = x_t + momentum (x_t - x_{t-1}), projected on X."""
     x = state.variables["x"]
-    now = [p.detach().clone() for p in leaves(x.value)]
+    now = snapshot(x.value)
     before = state.vectors.get("previous", now)
     state.vectors["previous"] = now
     x.assign([a + momentum * (a - b) for a, b in zip(now, before, strict=True)])

@@ -16,7 +16,7 @@ from bilevel.problem import Problem
 from bilevel.result import Status
 from bilevel.solver import Solver, State, require
 from bilevel.solvers.penalty.sweeps import Point, explained, pull, sweep
-from bilevel.tree import leaves
+from bilevel.tree import leaves, snapshot
 from bilevel.variable import Variable, optimizer_by_name
 
 NAMES = ("x", "y", "z")
@@ -85,7 +85,7 @@ class RecursivePenalty(Solver):
         state.counts = {"upper_grad": 0, "lower_grad": 0, "sweeps": 0}  # no second-order calls
         state.numbers["penalty"] = self.penalty
         if self.prox:
-            state.vectors |= {f"center of {n}": _values(state.variables[n]) for n in "yz"}
+            state.vectors |= {f"center of {n}": snapshot(state.variables[n].value) for n in "yz"}
         return state
 
     def step(self, problem: Problem, launcher: Launcher, state: State) -> State:
@@ -134,9 +134,9 @@ class RecursivePenalty(Solver):
         """The gradients on this batch at the iterates before the last step; empty at the start."""
         if self.eta == 1.0 or state.step == 0:
             if self.eta < 1.0:
-                state.vectors |= {f"last {n}": _values(state.variables[n]) for n in NAMES}
+                state.vectors |= {f"last {n}": snapshot(state.variables[n].value) for n in NAMES}
             return {}
-        found, now = {}, {name: _values(state.variables[name]) for name in NAMES}
+        found, now = {}, {name: snapshot(state.variables[name].value) for name in NAMES}
         for name in NAMES:
             state.variables[name].assign(state.vectors[f"last {name}"])
         self._gather(problem, launcher, state, batches)
@@ -160,7 +160,3 @@ class RecursivePenalty(Solver):
         state.vectors[key] = [g.clone() for g in now]
         variable.clear()
         variable.gather(now)
-
-
-def _values(variable: Variable) -> list[Tensor]:
-    return [p.detach().clone() for p in leaves(variable.value)]

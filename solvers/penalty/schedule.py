@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.problem import Problem, constrained
 from bilevel.solvers.penalty.sweeps import Point, Seen
-from bilevel.tree import dot, leaves, norm
+from bilevel.tree import dot, norm, snapshot
 from bilevel.variable import Variable
 
 
@@ -68,10 +68,10 @@ def lag(ends: Sequence[End]) -> float:
 
 def _move(copy: Variable) -> list[Tensor]:
     """What a projected gradient step of size 1 would move a copy by, downhill; it stays."""
-    here = [p.detach().clone() for p in leaves(copy.value)]
+    here = snapshot(copy.value)
     copy.assign([p - g for p, g in zip(here, copy.gradient(), strict=True)])
     assert copy.project is not None
     with torch.no_grad():
-        there = [p.detach().clone() for p in leaves(copy.project(copy.value))]
+        there = snapshot(copy.project(copy.value))
     copy.assign(here)
     return [p - q for p, q in zip(here, there, strict=True)]

@@ -27,7 +27,7 @@ from bilevel.solvers.penalty.sweeps import (
     pull,
     sweep,
 )
-from bilevel.tree import dtypes, leaves
+from bilevel.tree import dtypes, leaves, snapshot
 from bilevel.variable import Variable, optimizer_by_name
 
 PENALTY_CAPS = {torch.float64: 1e6, torch.float32: 1e3, torch.bfloat16: 1e2, torch.float16: 1e2}
@@ -142,7 +142,7 @@ class Penalty(Solver):
         state.counts = {"upper_grad": 0, "lower_grad": 0, "sweeps": 0}  # no second-order calls
         state.numbers = {"penalty": min(self.penalty, self._cap(y)), "stencil": self.stencil}
         if self.prox:
-            state.vectors |= {f"center of {name}": _copy(y) for name in ("y", *twins)}
+            state.vectors |= {f"center of {name}": snapshot(y.value) for name in ("y", *twins)}
         return state
 
     def step(self, problem: Problem, launcher: Launcher, state: State) -> State:
@@ -281,7 +281,7 @@ class Penalty(Solver):
             draw_in(self._points(state), before / state.numbers["penalty"])
         if self.patience and state.numbers.get("doubts", 0.0) >= self.patience:
             z = copies[1]
-            z.assign(_copy(copies[0]))
+            z.assign(snapshot(copies[0].value))
             z.optimizer.state.clear()
             state.numbers |= {"stencil": 1, "doubts": 0.0}
         state.step += 1
@@ -290,7 +290,3 @@ class Penalty(Solver):
         caps = [PENALTY_CAPS[kind] for kind in dtypes(y.value) if kind in PENALTY_CAPS]
         cap = min(caps, default=PENALTY_CAPS[torch.float64])
         return min(cap, self.max_penalty) if self.max_penalty else cap
-
-
-def _copy(variable: Variable) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in leaves(variable.value)]
