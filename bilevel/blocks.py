@@ -32,36 +32,6 @@ def parameter_groups(value: Value) -> dict[str, list]:
     return {"blocks": blocks, "embedding": embedding, "head": head, "norms": norms}
 
 
-def _stack(module: nn.Module) -> tuple[str, nn.ModuleList]:
-    lists = {
-        name: child
-        for name, child in module.named_modules()
-        if isinstance(child, nn.ModuleList) and len(child) > 1
-    }
-    stacks = {n: c for n, c in lists.items() if len({type(b) for b in c}) == 1 and _numel(c[0]) > 0}
-    if not stacks:
-        found = ", ".join(f"{n} ({len(c)} members)" for n, c in lists.items()) or "none"
-        raise InputError(
-            "memory=lisa needs a stack of equal blocks (an nn.ModuleList), "
-            f"but {type(module).__name__} has no such; lists found: {found}. Use memory=full."
-        )
-    return max(stacks.items(), key=lambda item: _numel(item[1]))
-
-
-def _names_of(module: nn.Module, getter: str, candidates: list[str]) -> list[str]:
-    get = getattr(module, getter, None)
-    part = get() if callable(get) else None
-    if not isinstance(part, nn.Module):
-        return []
-    wanted = {id(p) for p in part.parameters()}
-    named = dict(module.named_parameters())
-    return [n for n in candidates if id(named[n]) in wanted]
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())  # ZeRO-3 shards
-
-
 def block_paths(value: Value) -> list[str]:
     """Where the blocks of a decoder stand, as `get_submodule` takes it; none without a stack."""
     if not isinstance(value, nn.Module):
@@ -112,3 +82,33 @@ def falls_apart(module: nn.Module) -> bool:
     """Whether every parameter is in exactly one unit, so that none is tied between two of them."""
     inside = [id(p) for unit in units(module) for p in unit.parameters()]
     return len(inside) == len(set(inside)) and {id(p) for p in module.parameters()} == set(inside)
+
+
+def _stack(module: nn.Module) -> tuple[str, nn.ModuleList]:
+    lists = {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, nn.ModuleList) and len(child) > 1
+    }
+    stacks = {n: c for n, c in lists.items() if len({type(b) for b in c}) == 1 and _numel(c[0]) > 0}
+    if not stacks:
+        found = ", ".join(f"{n} ({len(c)} members)" for n, c in lists.items()) or "none"
+        raise InputError(
+            "memory=lisa needs a stack of equal blocks (an nn.ModuleList), "
+            f"but {type(module).__name__} has no such; lists found: {found}. Use memory=full."
+        )
+    return max(stacks.items(), key=lambda item: _numel(item[1]))
+
+
+def _names_of(module: nn.Module, getter: str, candidates: list[str]) -> list[str]:
+    get = getattr(module, getter, None)
+    part = get() if callable(get) else None
+    if not isinstance(part, nn.Module):
+        return []
+    wanted = {id(p) for p in part.parameters()}
+    named = dict(module.named_parameters())
+    return [n for n in candidates if id(named[n]) in wanted]
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())  # ZeRO-3 shards

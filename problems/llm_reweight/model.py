@@ -211,6 +211,29 @@ def example_losses(model: nn.Module, batch: Batch, *, chunk: int = 0) -> Tensor:
     return losses.sum(1) / trained[:, 1:].sum(1)
 
 
+@torch.no_grad()
+def unfit(model: Any, name: str, *, length: int, vocabulary: int) -> list[str]:
+    """Why a model does not go with rows of `length` tokens from `vocabulary` entries."""
+    faults = []
+    entries = model.get_input_embeddings().weight.shape[0]
+    if vocabulary > entries:
+        faults.append(
+            f"has {entries} embeddings, but its tokenizer has {vocabulary} entries; use the "
+            "tokenizer of this model."
+        )
+    positions = getattr(model.config, "max_position_embeddings", None) or length
+    if length > positions:
+        faults.append(
+            f"takes at most {positions} tokens; lower problem.max_length={length} to that."
+        )
+    pair = torch.tensor([[0, 0], [0, entries - 1]], device=model.device)
+    first = model(input_ids=pair).logits[:, 0]
+    near = max(1e-4, 4 * torch.finfo(first.dtype).eps)  # rounding may depend on the row
+    if not torch.allclose(first[0], first[1], atol=near, rtol=near):
+        faults.append("lets a token see the next one; expected a causal (decoder) model.")
+    return [f"problem.model={name} {fault}" for fault in faults]
+
+
 def _check_hub_name(name: str) -> list[str]:
     """A hub name is NAME or OWNER/NAME; anything else can only have meant a folder."""
     part = r"\w[\w.-]{0,95}"
@@ -241,29 +264,6 @@ def _check_weights(file: Path) -> list[str]:
             return []
     except (OSError, SafetensorError) as error:
         return [f"{file} is damaged ({error}); copy or save the model again."]
-
-
-@torch.no_grad()
-def unfit(model: Any, name: str, *, length: int, vocabulary: int) -> list[str]:
-    """Why a model does not go with rows of `length` tokens from `vocabulary` entries."""
-    faults = []
-    entries = model.get_input_embeddings().weight.shape[0]
-    if vocabulary > entries:
-        faults.append(
-            f"has {entries} embeddings, but its tokenizer has {vocabulary} entries; use the "
-            "tokenizer of this model."
-        )
-    positions = getattr(model.config, "max_position_embeddings", None) or length
-    if length > positions:
-        faults.append(
-            f"takes at most {positions} tokens; lower problem.max_length={length} to that."
-        )
-    pair = torch.tensor([[0, 0], [0, entries - 1]], device=model.device)
-    first = model(input_ids=pair).logits[:, 0]
-    near = max(1e-4, 4 * torch.finfo(first.dtype).eps)  # rounding may depend on the row
-    if not torch.allclose(first[0], first[1], atol=near, rtol=near):
-        faults.append("lets a token see the next one; expected a causal (decoder) model.")
-    return [f"problem.model={name} {fault}" for fault in faults]
 
 
 def _still(model: Any) -> Any:

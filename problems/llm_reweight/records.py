@@ -86,32 +86,7 @@ def name_paths(entries: Sequence[str], option: str = "sources") -> dict[str, str
         InputError: If an entry is empty, a name comes twice or a file comes twice.
     """
     faults: list[str] = []
-    pairs: list[tuple[str | None, str]] = []
-    seen: dict[str, str] = {}
-    for entry in entries:
-        name, equals, path = entry.partition("=")
-        if "/" in name and os.path.isfile(path) and not os.path.exists(entry):
-            found, fix = f"the name {name!r} with a slash", "choose another name"
-            faults.append(fault(option, found, "a name without", fix))
-            continue
-        if not equals or "/" in name or os.sep in name or os.path.exists(entry):
-            pairs.append((None, entry))
-        else:
-            pairs.append((name.strip(), path.strip()))
-        given, path = pairs[-1]
-        if given == "" or not path.strip():
-            fix = "write both sides, such as code=data/code.jsonl"
-            faults.append(fault(option, f"{entry!r}", "name=path or path", fix))
-            continue
-        if "\0" in path:
-            found, fix = f"a null byte in {entry!r}", "write the path without it"
-            faults.append(fault(option, found, "the path of a file", fix))
-            continue
-        real = os.path.realpath(path)
-        if real in seen:
-            found = f"the same file twice, as {seen[real]!r} and {entry!r}"
-            faults.append(fault(option, found, "every file once", "remove one of the two"))
-        seen.setdefault(real, entry)
+    pairs = _pairs(entries, option, faults)
     if faults:
         raise InputError(faults)
     names = _names(pairs)
@@ -156,6 +131,37 @@ def _compared(source: Source) -> Iterable[Example]:
 
 def _digest(example: Example) -> bytes:
     return hashlib.sha256(" ".join(example.text().split()).encode()).digest()
+
+
+def _pairs(entries: Sequence[str], option: str, faults: list[str]) -> list[tuple[str | None, str]]:
+    """The name that each entry gives, None without one, and its path; adds to the faults."""
+    pairs: list[tuple[str | None, str]] = []
+    seen: dict[str, str] = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if "/" in name and os.path.isfile(path) and not os.path.exists(entry):
+            found, fix = f"the name {name!r} with a slash", "choose another name"
+            faults.append(fault(option, found, "a name without", fix))
+            continue
+        if not equals or "/" in name or os.sep in name or os.path.exists(entry):
+            pairs.append((None, entry))
+        else:
+            pairs.append((name.strip(), path.strip()))
+        given, path = pairs[-1]
+        if given == "" or not path.strip():
+            fix = "write both sides, such as code=data/code.jsonl"
+            faults.append(fault(option, f"{entry!r}", "name=path or path", fix))
+            continue
+        if "\0" in path:
+            found, fix = f"a null byte in {entry!r}", "write the path without it"
+            faults.append(fault(option, found, "the path of a file", fix))
+            continue
+        real = os.path.realpath(path)
+        if real in seen:
+            found = f"the same file twice, as {seen[real]!r} and {entry!r}"
+            faults.append(fault(option, found, "every file once", "remove one of the two"))
+        seen.setdefault(real, entry)
+    return pairs
 
 
 def _names(pairs: Sequence[tuple[str | None, str]]) -> list[str]:

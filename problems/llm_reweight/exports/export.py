@@ -98,15 +98,8 @@ class Export(Exporter):
 
     def write(self, run: Path) -> list[str]:
         names = tools(self.to)
-        faults = [] if names else [f"to=TOOL is missing; choices: {', '.join(TOOLS)}, or all."]
-        if not 0 <= self.total <= MOST:
-            faults.append(f"total must be from 0 to {MOST:,}, got total={self.total:,}.")
         body, sources, lines = load(run)
-        paths = dict(_pair(entry, sources, faults) for entry in self.paths)
-        faults += [_useless(option, names) for option in SOME if getattr(self, option)]
-        faults = list(filter(None, faults))
-        if faults:
-            raise InputError(faults)
+        paths = self._checked(names, sources)
         everything = sum(s["records"] for s in body["sources"])
         if (run / "example_weights.jsonl").exists():
             lines.append(
@@ -115,34 +108,58 @@ class Export(Exporter):
                 f"multiplier of each record's loss is in {run / 'example_weights.jsonl'}."
             )
         done: list[str] = []
+        faults: list[str] = []
         for name in names:
-            tool = TOOLS[name]
-            target = (run / "export" / name).resolve()
-            made = target.with_name(f".partial-{os.getpid()}-{name}")
-            made.mkdir(parents=True)
             try:
-                job = self._job(name, sources, everything, paths, target, made)
-                written = tool.write(job)
-                _shares(job, tool, written)
-                fate = put(made, target, force=self.force)
+                lines += self._written(name, run, sources, everything, paths)
+                done.append(name)
             except InputError as error:
                 faults += [
                     f"{name}: {fault}" if len(names) > 1 else fault for fault in error.faults
                 ]
-                continue
-            finally:
-                shutil.rmtree(made, ignore_errors=True)
-            done.append(name)
-            job = replace(job, folder=target)
-            unused = [o for o in SOME if getattr(self, o) and o not in tool.takes]
-            written.notes.extend(f"--{o} has no effect: {_takers(o)}" for o in unused)
-            lines += _words(job, tool, written, fate, self.unit == "auto", _bound(run))
         if faults and done:
             print("\n".join(lines))
             faults.append(f"written nevertheless: {', '.join(done)}.")
         if faults:
             raise InputError(faults)
         return lines
+
+    def _checked(self, names: list[str], sources: tuple[Source, ...]) -> dict[str, str]:
+        """The paths by source, once all options were found right."""
+        faults = [] if names else [f"to=TOOL is missing; choices: {', '.join(TOOLS)}, or all."]
+        if not 0 <= self.total <= MOST:
+            faults.append(f"total must be from 0 to {MOST:,}, got total={self.total:,}.")
+        paths = dict(_pair(entry, sources, faults) for entry in self.paths)
+        faults += [_useless(option, names) for option in SOME if getattr(self, option)]
+        faults = list(filter(None, faults))
+        if faults:
+            raise InputError(faults)
+        return paths
+
+    def _written(
+        self,
+        name: str,
+        run: Path,
+        sources: tuple[Source, ...],
+        everything: int,
+        paths: dict[str, str],
+    ) -> list[str]:
+        """Write the files of one tool, whole or not at all; returns the words on them."""
+        tool = TOOLS[name]
+        target = (run / "export" / name).resolve()
+        made = target.with_name(f".partial-{os.getpid()}-{name}")
+        made.mkdir(parents=True)
+        try:
+            job = self._job(name, sources, everything, paths, target, made)
+            written = tool.write(job)
+            _shares(job, tool, written)
+            fate = put(made, target, force=self.force)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        unused = [o for o in SOME if getattr(self, o) and o not in tool.takes]
+        written.notes.extend(f"--{o} has no effect: {_takers(o)}" for o in unused)
+        job = replace(job, folder=target)
+        return _words(job, tool, written, fate, self.unit == "auto", _bound(run))
 
     def _job(
         self,
