@@ -20,7 +20,7 @@ from bilevel.problems.llm_reweight.journal import Journal
 from bilevel.problems.llm_reweight.per_example import Members, Pooled, words
 from bilevel.problems.llm_reweight.problem import LLMReweight
 from bilevel.problems.llm_reweight.tokens import collate
-from bilevel.problems.llm_reweight.training import adamw, fresh
+from bilevel.problems.llm_reweight.training import end, fresh, trained
 
 ROWS = 64
 """Rows of a forward pass that measures losses."""
@@ -122,18 +122,11 @@ def train(problem: LLMReweight, x: Tensor, *, steps: int, seed: int, like: Any =
         like: An adapter, where one of its kind trains on the model; else everything trains.
     """
     model = fresh(problem, 1000 + seed, like=like, seed=seed)
-    optimizer = adamw(problem, model)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     draws = _draws(_row_weights(problem.members, x), count=problem.batch, seed=seed)
     places = _places(problem)
-    for _ in range(steps):
-        picks = [places[row] for row in next(draws)]
-        batch = collate(problem.rows, picks, [1 / len(picks)] * len(picks))
-        problem.losses(model, batch).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return model
+    picked = ([places[row] for row in drawn] for drawn in draws)
+    batches = (collate(problem.rows, own, [1 / len(own)] * len(own)) for own in picked)
+    return end(trained(problem, model, batches, steps=steps))
 
 
 @torch.no_grad()

@@ -19,11 +19,16 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """
     if len(values) < 2:
         return -float("inf"), float("inf")
+    mean, half = statistics.fmean(values), half_interval(values)
+    return mean - half, mean + half
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the 95 % interval of a mean, t(0.975, n - 1) s / sqrt(n)."""
     from scipy import stats
 
-    mean, spread = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread
-    return mean - half, mean + half
+    spread = statistics.stdev(values) / len(values) ** 0.5
+    return float(stats.t.ppf(0.975, len(values) - 1)) * spread
 
 
 def spanned(values: Sequence[float]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import Stream
-from bilevel.problems.llm_reweight.tokens import Batch, Rows, collate
+from bilevel.problems.llm_reweight.tokens import Batch, Rows, collate, order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +133,7 @@ class Pooled(Stream):
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
             self._orders.pop(epoch - 2, None)
-            digest = hashlib.sha256(f"{self.seed}/examples/{epoch}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            self._orders[epoch] = torch.randperm(int(self._starts[-1]), generator=generator)
+            self._orders[epoch] = order(f"{self.seed}/examples/{epoch}", int(self._starts[-1]))
         return self._orders[epoch]
 
 

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from bilevel.problems.llm_reweight.paired import half_interval
+
 Weights = dict[str, float]
 """The weight of each source by name."""
 
@@ -89,14 +91,6 @@ def _alike(seeds: Sequence[Weights], a: str, b: str) -> bool:
     mean = abs(statistics.fmean(differences))
     both = statistics.fmean(weights[a] + weights[b] for weights in seeds) / 2
     return mean <= ALIKE * both and mean <= half_interval(differences)
-
-
-def half_interval(values: Sequence[float]) -> float:
-    """Half the 95 % interval of a mean, t(0.975, n - 1) s / sqrt(n)."""
-    from scipy import stats
-
-    spread = statistics.stdev(values) / len(values) ** 0.5
-    return float(stats.t.ppf(0.975, len(values) - 1)) * spread
 
 
 def _mean(rows: Sequence[dict[str, Any]]) -> Weights:

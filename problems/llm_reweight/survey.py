@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import tempfile
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -233,7 +234,7 @@ def _head(path: str, folder: Path) -> tuple[str, float]:
     if share >= 1:
         return path, 1.0
     whole = body[: body.rfind(b"\n") + 1] if body.count(b"\n") > 1 else body
-    if body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+    if body.lstrip(BOM_UTF8 + b" \t\r\n").startswith(b"["):
         whole = _elements(body)
     folder.mkdir()
     head = folder / Path(path).name.removesuffix(".gz" if zipped else "")

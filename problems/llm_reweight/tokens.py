@@ -233,10 +233,19 @@ class Stratified(Stream):
         key = (source.name, epoch)
         if key not in self._orders:
             self._orders.pop((source.name, epoch - 2), None)
-            digest = hashlib.sha256(f"{self.seed}/{source.name}/{epoch}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            self._orders[key] = torch.randperm(len(source), generator=generator).int()
+            self._orders[key] = order(f"{self.seed}/{source.name}/{epoch}", len(source)).int()
         return int(self._orders[key][place])
+
+
+def order(name: str, rows: int) -> Tensor:
+    """[rows], a random order that its name alone decides."""
+    return torch.randperm(rows, generator=generator(name))
+
+
+def generator(name: str) -> torch.Generator:
+    """A generator that its name alone seeds."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def collate(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +52,20 @@ def path(
         rows: What is mixed; the sources without it.
     """
     model = fresh(problem, 1000 + seed if model_seed is None else model_seed, like=like, seed=seed)
-    optimizer = adamw(problem, model)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     sources = rows or problem.rows
     shares = [mixture[source.name] for source in sources]
-    stream = Drawn(sources, shares, total=problem.batch, seed=seed)
+    drawn = Drawn(sources, shares, total=problem.batch, seed=seed)
+    yield from trained(problem, model, drawn, steps=steps)
+
+
+def trained(
+    problem: LLMReweight, model: nn.Module, batches: Iterator[Batch], *, steps: int
+) -> Iterator[Step]:
+    """Train a model on batches, as `path` does."""
+    optimizer = adamw(problem, model)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for number in range(1, steps + 1):
-        batch = next(stream)
+        batch = next(batches)
         problem.losses(model, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -69,7 +77,12 @@ def fit(
     problem: LLMReweight, mixture: dict[str, float], *, steps: int, seed: int, like: Any = None
 ) -> nn.Module:
     """The model at the end of `path`."""
-    *_, last = path(problem, mixture, steps=steps, seed=seed, like=like)
+    return end(path(problem, mixture, steps=steps, seed=seed, like=like))
+
+
+def end(training: Iterable[Step]) -> nn.Module:
+    """The model at the end of a training, of which no batch is kept."""
+    (last,) = deque(training, maxlen=1)
     return last.model
 
 
@@ -98,7 +111,7 @@ def evaluate(model: nn.Module, rows: Rows) -> float:
     return float(torch.cat(losses).double().mean())
 
 
-class Drawn:
+class Drawn(Iterator[Batch]):
     """Batches of `total` rows drawn by the shares of the sources, each in its own random order."""
 
     def __init__(

@@ -73,8 +73,7 @@ class Lab:
 
     def train(self, mixture: dict[str, float], *, steps: int, salt: int = 0) -> nn.Module:
         """The model at the end of a training."""
-        *_, last = self.path(mixture, steps=steps, salt=salt)
-        return last.model
+        return training.end(self.path(mixture, steps=steps, salt=salt))
 
     def steps(self, spend: float, mixture: dict[str, float] | None = None) -> int:
         """The steps of a training on a mixture (uniform without one) that cost `spend` tokens."""
@@ -158,8 +157,7 @@ class Lab:
         steps = max(1, int(spend / (self.problem.batch * self.target_length)))
         mixture = {target.rows.name: target.weight for target in self.problem.targets}
         rows = [target.rows for target in self.problem.targets]
-        *_, last = self.path(mixture, steps=steps, rows=rows)
-        return last.model
+        return training.end(self.path(mixture, steps=steps, rows=rows))
 
     def _model_seed(self, salt: int) -> int:
         return 1_000_000 + 1_000 * self.seed + salt

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from bilevel.problems.llm_reweight.tokens import generator
 
 KEPT = 2**24
 """Entries whose places are remembered; those of larger models are drawn again each time."""
@@ -40,10 +40,9 @@ class Sketch:
         """Places and signs of the entries of a parameter, both [entries]."""
         if number in self._held:
             return self._held[number]
-        digest = hashlib.sha256(f"{self.seed}/{number}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        places = torch.randint(self.size, (entries,), generator=generator)
-        signs = 2.0 * torch.randint(2, (entries,), generator=generator) - 1.0
+        drawn = generator(f"{self.seed}/{number}")
+        places = torch.randint(self.size, (entries,), generator=drawn)
+        signs = 2.0 * torch.randint(2, (entries,), generator=drawn) - 1.0
         if self._entries + entries <= KEPT:
             self._held[number] = places, signs
             self._entries += entries
