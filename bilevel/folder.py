@@ -19,8 +19,8 @@ from bilevel.errors import InputError
 from bilevel.options import KINDS, Options, Settings
 from bilevel.result import Result
 
-MOVES = ("offload",)
-"""Options of a memory strategy that say where numbers are, not which; they may change."""
+MOVES = ("offload", "stepping")
+"""Options of a memory strategy that say where or in what order, not what; they may change."""
 
 
 def place(options: Options) -> Path:

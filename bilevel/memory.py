@@ -16,6 +16,7 @@ from bilevel.blocks import block_paths, end_paths, falls_apart, parameter_groups
 from bilevel.errors import InputError
 from bilevel.offload import Offload, Turns
 from bilevel.precision import Precision, with_precision
+from bilevel.stepping import Stepping, apart_faults, with_step
 from bilevel.tree import Value, named_leaves
 from bilevel.trunk import Trunk
 from bilevel.variable import OptimizerFactory, Variable
@@ -88,9 +89,18 @@ class Full(Memory):
     precision: Precision = "master"
     """How bfloat16 and float16 parameters step: with float32 masters of what trains, by stochastic
     rounding, or plain, which loses small steps. Float32 and float64 are not concerned."""
+    stepping: Stepping = "whole"
+    """How a copy steps: all its parameters in one call of the optimizer, or, with parts, one after
+    the other, each gradient freed once it was used: the same numbers. That saves, of all but one
+    parameter, the float32 gradients of half precision, and on a GPU temporaries."""
+
+    def check(
+        self, *, constrained: bool, direct: Sequence[str], options: Mapping[str, Any]
+    ) -> list[str]:
+        return _step_faults(self.stepping, options)
 
     def optimizer(self, factory: OptimizerFactory, generator: torch.Generator) -> OptimizerFactory:
-        return with_precision(factory, self.precision, generator)
+        return with_step(with_precision(factory, self.precision, generator), self.stepping)
 
     def init(self, value: Value, generator: torch.Generator) -> MemoryState:
         return _FullState()
@@ -150,6 +160,11 @@ class LISA(Memory):
     precision: Precision = "master"
     """How bfloat16 and float16 parameters step: with float32 masters of what trains, by stochastic
     rounding, or plain, which loses small steps. Float32 and float64 are not concerned."""
+    stepping: Stepping = "whole"
+    """How a copy steps: all its parameters in one call of the optimizer, or, with parts, one after
+    the other, each gradient freed once it was used: the same numbers. That saves, of all but one
+    parameter, the float32 gradients of half precision, and on a GPU temporaries. With
+    offload=states parameters step so in any case."""
     offload: Offload = "none"
     """What lies in host memory: nothing; with idle, what belongs to one copy alone while another is
     at work; with states also all masters and moments, fetched for one parameter after the other."""
@@ -175,7 +190,7 @@ class LISA(Memory):
         self, *, constrained: bool, direct: Sequence[str], options: Mapping[str, Any]
     ) -> list[str]:
         if self.offload == "none":
-            return []
+            return _step_faults(self.stepping, options)
         faults = []
         if direct:
             faults.append(
@@ -183,17 +198,13 @@ class LISA(Memory):
                 f"solver=scalebio, or solver=penalty without what reads several, here "
                 f"{' and '.join(direct)}; or use memory.offload=none."
             )
-        name = str(options.get("lower_optimizer", "sgd"))
-        if self.offload == "states" and name.lower() not in {n.lower() for n in vars(torch.optim)}:
-            faults.append(
-                "memory.offload=states steps one parameter after the other, which the optimizers "
-                f"of torch.optim take, got solver.lower_optimizer={name}; use one of these, or "
-                "memory.offload=idle."
-            )
-        return faults
+        if self.offload == "states":
+            return faults + apart_faults("memory.offload=states", "memory.offload=idle", options)
+        return faults + _step_faults(self.stepping, options)
 
     def optimizer(self, factory: OptimizerFactory, generator: torch.Generator) -> OptimizerFactory:
-        return with_precision(factory, self.precision, generator)
+        made = with_precision(factory, self.precision, generator)
+        return made if self.offload == "states" else with_step(made, self.stepping)
 
     def shared(self, value: Value) -> Sequence[str]:
         if not (self.share and isinstance(value, nn.Module) and falls_apart(value)):
@@ -296,6 +307,12 @@ class _LISAState(MemoryState):
                 parameter.requires_grad_(name in trainable)
                 if name not in trainable:
                     variable.forget(parameter)
+
+
+def _step_faults(stepping: Stepping, options: Mapping[str, Any]) -> list[str]:
+    if stepping == "whole":
+        return []
+    return apart_faults("memory.stepping=parts", "memory.stepping=whole", options)
 
 
 def _held(variables: Sequence[Variable]) -> str:

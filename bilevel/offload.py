@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.precision import by_parts
+from bilevel.stepping import alone
 from bilevel.storage import on_host
 from bilevel.tree import leaves
 from bilevel.variable import Keeper, Variable
@@ -81,15 +82,11 @@ class Turns(Keeper):
         self._park(copy)
         optimizer = copy.variable.optimizer
         (group,) = optimizer.param_groups
-        everything = group["params"]
         with by_parts(optimizer):
-            for p in [p for p in everything if p.grad is not None]:
+            for p in [p for p in group["params"] if p.grad is not None]:
                 self._move([p], copy, copy.to_device, states=True)
-                group["params"] = [p]
-                try:
+                with alone(optimizer, p):
                     optimizer.step()
-                finally:
-                    group["params"] = everything
                 p.grad = None
                 self._move([p], copy, _to_host, states=True)
 

@@ -290,6 +290,11 @@ def memory_faults(memory: Memory, stage: int) -> list[str]:
             "launcher=deepspeed keeps both copies on the device, so memory.offload has no effect; "
             "use launcher.offload for optimizer states, or launcher=single."
         )
+    if getattr(memory, "stepping", "whole") != "whole":
+        faults.append(
+            "launcher=deepspeed steps by its engines, so memory.stepping has no effect; leave it "
+            "out, or use launcher=fsdp2."
+        )
     if isinstance(memory, Full) and memory.precision != "master":
         faults.append(
             f"launcher=deepspeed steps float32 masters of its own, got memory.precision="

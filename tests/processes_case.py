@@ -21,6 +21,7 @@ from bilevel.tree import Part, leaves, local, size_bytes, whole
 
 LAUNCHERS = {"fsdp2": FSDP2(), "ddp": DDP()}
 MEMORIES = {"full": Full(), "lisa": LISA(gamma=1, period=4), "lora": LoRA(rank=4)}
+MEMORIES["parts"] = LISA(gamma=1, period=4, stepping="parts")
 MEMORIES["top"] = LISA(gamma=1, period=4, pool=2, pool_from="top", embedding=False)
 SOLVERS = {
     "scalebio": scalebio(warmup=2, clip=1.0),

@@ -11,7 +11,7 @@ ORDER = [
     ["markdown"],
     ["piped", "tracking"],
     ["votes", "linear", "spectrum", "projection", "trace"],
-    ["variable", "precision", "offload", "blocks", "processes"],
+    ["variable", "precision", "stepping", "offload", "blocks", "processes"],
     ["trunk", "quantized", "outline"],
     ["problem", "memory"],
     ["launch", "lora", "zero_config", "zero_package", "zero_engine", "zero_shards"],

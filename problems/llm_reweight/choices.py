@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -232,6 +232,8 @@ def choices(
         faults += error.faults
     if faults:
         raise InputError(faults)
+    if of and getattr(memory, "stepping", "whole") == "parts":
+        made = replace(made, stepped=made.largest(of) / made.state_shards)
     return made
 
 

@@ -496,7 +496,7 @@ def _assumptions(of: Shape, made: Choices, passes: Passes, found: Survey | None)
 
 def _remedies(problem: LLMReweight, passes: Passes) -> tuple[tuple[str, ...], ...]:
     """Options in the order of what they cost: nothing, time, then a change of what trains."""
-    found: list[tuple[str, ...]] = []
+    found: list[tuple[str, ...]] = [("memory.stepping=parts",)]
     rows = passes.rows
     while rows > 1:
         rows //= 2
