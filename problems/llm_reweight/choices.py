@@ -88,8 +88,12 @@ class Choices:
     """Whether blocks are gathered before use, which takes buffers."""
     ends_apart: bool = True
     """Whether embedding and head are gathered and freed by themselves."""
+    buffered: int = 0
+    """Buffers that parameters pass through by unit before their use: two as they arrive and as they
+    are copied out of that, one where they are copied alone."""
     gathered: float = 0.0
-    """Numbers that are gathered at a time; 0 for two blocks, and the ends that are not apart."""
+    """Numbers that are gathered at a time; 0 for a block in each buffer, two where their number is
+    not known, and the ends that are not apart."""
     reduced: float = 0.0
     """Numbers of a gradient on its way to its shards; 0 for those of the largest part."""
     buckets: float = 0.0

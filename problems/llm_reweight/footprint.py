@@ -15,7 +15,7 @@ from bilevel import InputError, Launcher, Memory
 from bilevel.cards import Card
 from bilevel.footprint import Footprint, Work
 from bilevel.lora import LoRA
-from bilevel.problems.llm_reweight import checks
+from bilevel.problems.llm_reweight import checks, heap
 from bilevel.problems.llm_reweight.choices import LIBRARIES, Choices, choices
 from bilevel.problems.llm_reweight.launching import WIDE
 from bilevel.problems.llm_reweight.losses import LOGITS
@@ -188,9 +188,7 @@ def moments(of: Shape, made: Choices, passes: Passes) -> dict[str, dict]:
         "at the highest block": early | {"activations": rest + block} | buffers,
         "in the optimizer's step": _step(of, made, one=one, unit=unit),
     }
-    for parts in found.values() if made.keeps else ():
-        parts["freed memory that malloc keeps"] = made.keeps * sum(parts.values())
-    return {name: fixed | parts for name, parts in found.items()}
+    return {name: fixed | parts | heap.kept(of, made, parts) for name, parts in found.items()}
 
 
 def _step(of: Shape, made: Choices, *, one: float, unit: float) -> dict[str, float]:
@@ -356,12 +354,12 @@ def _buffers(of: Shape, made: Choices, unreduced: float) -> dict[str, float]:
     """What gathering takes: a block in use, the next on its way, and a gradient to be reduced.
 
     A gradient is there as it was gathered and as a float32 copy for the reduction. Where the ends
-    are not apart, both of them are gathered throughout.
+    are not apart, both of them are gathered throughout. Replicas too are copied for their use.
     """
-    if not made.gathers:
+    if not (made.gathers or made.buffered):
         return {}
     ends = 0 if made.ends_apart else of.embedding + of.head
-    gathered = made.gathered or 2 * of.block + ends
+    gathered = made.gathered or (made.buffered or 2) * of.block + ends
     return {"gathered": gathered * made.weight, "unreduced gradient": unreduced}
 
 

@@ -39,12 +39,14 @@ def launched(
         )
     if kind is Single:
         return made
-    if kind is DDP and isinstance(launcher, DDP):
-        return replace(made, deferred=not launcher.reduces, by_parts=True)
-    if kind is FSDP2 and isinstance(launcher, FSDP2):
+    if isinstance(launcher, DDP | FSDP2) and kind in (DDP, FSDP2):
         apart = not of.tied if of else True
-        made = replace(made, gathers=True, ends_apart=apart, deferred=not launcher.reduces)
-        return replace(made, weight_shards=devices, by_parts=True, **_shards(devices))
+        made = replace(made, ends_apart=apart, deferred=not launcher.reduces, by_parts=True)
+    if kind is DDP:
+        return replace(made, buffered=1)
+    if kind is FSDP2:
+        made = replace(made, gathers=True, buffered=2, weight_shards=devices)
+        return replace(made, **_shards(devices))
     if kind is DeepSpeed and isinstance(launcher, DeepSpeed):
         return _deepspeed(made, launcher, memory, devices, of)
     raise InputError(f"launcher={kind.__name__.lower()} cannot be planned yet.")
