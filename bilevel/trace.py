@@ -2,25 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree  # private name, used by transformers and torch.func too
 
 from bilevel.errors import InputError
+from bilevel.rewrite import levels, merge, postpone, rewrite
 
 Vector: TypeAlias = list[Tensor]
 Function: TypeAlias = Callable[[Vector, Vector, Any], tuple[Tensor, Sequence[Tensor]]]
 """(x, s, batch) -> a scalar and tensors, differentiable functions of x and s."""
 
+Decompositions: TypeAlias = Mapping[Any, Callable[..., Any]]
+"""Kernels by functions that do the same with simpler ones."""
+
 Saved: TypeAlias = dict[fx.Node, Tensor]
 """Tensors of a trace by their place in it."""
 
-aten: Any = torch.ops.aten
-SKINNY = 4  # rows for each column from which a product is faster transposed
+
+class Stages:
+    """The graphs of F(x, s) and its pullbacks v -> (dF/ds)'v, (dF/dx)'v, cut by what they wait for.
+
+    `first` finds `known` from x, the batch and the tensors that the function reads; `values`,
+    `number` and `record` find F, the scalar, and F with what is `saved` for the pullbacks `both`,
+    `pull_s` and `pull_x`. Each is a function of an environment: tensors by their place.
+
+    Args:
+        function: F, and a scalar beside it.
+        x: Like those to come.
+        s: Likewise.
+        batch: Likewise, with `rest` around it.
+        rest: The batch without the numbers of its tensors.
+        decompositions: Of kernels into those that a compiler fuses. What is cheap is then done
+            again for each pullback rather than saved.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        x: Vector,
+        s: Vector,
+        batch: Vector,
+        rest: Rest,
+        decompositions: Decompositions | None = None,
+    ) -> None:
+        counts = (len(x) + len(batch), len(s), len(s))
+        graph, outputs = _joint(function, rest, x, s, batch, decompositions)
+        level = levels(graph.graph, counts)
+        rewrite(graph.graph, level)
+        merge(graph.graph)
+        self.read = _lifted(graph, level)
+        given = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        given = [node for node in given if node not in self.read]
+        self.x, self.s, self.v = (given[i : i + c] for i, c in _spans(counts))
+        out = _outputs(graph.graph)
+        found, pulled = out[1 : 1 + outputs], out[1 + outputs :]
+        self.both = Stage(graph, level, 2, pulled)
+        if decompositions is not None:
+            postpone([node for node in self.both.needs if level[node] == 1], level)
+            self.both = Stage(graph, level, 2, pulled)
+        self.saved = [node for node in self.both.needs if level[node] == 1]
+        self.pull_s = Stage(graph, level, 2, pulled[: len(s)])
+        self.pull_x = Stage(graph, level, 2, pulled[len(s) :])
+        self.values = Stage(graph, level, 1, found)
+        self.record = Stage(graph, level, 1, [*found, *self.saved])
+        self.number = Stage(graph, level, 1, [out[0]])
+        later = (self.values, self.record, self.number, self.both)
+        early = {node: None for stage in later for node in stage.needs if level[node] == 0}
+        self.known = [node for node in early if node.op != "placeholder"]
+        self.first = Stage(graph, level, 0, self.known)
 
 
 class Traced:
@@ -49,90 +103,62 @@ class Traced:
             number in one, so that a trace is not the function.
     """
 
+    engine: ClassVar[str] = "traced"
+
     def __init__(self, function: Function, x: Vector, s: Vector, batch: Any) -> None:
-        flat, self._batch = _flattened(batch)
-        self._sizes = (len(x), len(s), len(flat))
-        graph, outputs = _joint(function, self._batch, x, s, flat)
-        level = _levels(graph.graph, self._counts())
-        _rewrite(graph.graph, level)
-        out = _outputs(graph.graph)
-        scalar, found = out[0], out[1 : 1 + outputs]
-        pulled = out[1 + outputs :]
-        values = _Stage(graph, level, 1, found)
-        both = _Stage(graph, level, 2, pulled)
-        self._saved = [node for node in both.needs if level[node] == 1]
-        record = _Stage(graph, level, 1, [*found, *self._saved])
-        number = _Stage(graph, level, 1, [scalar])
-        given = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        self._given = [given[i : i + c] for i, c in _spans(self._counts())]
-        early = {
-            n: None
-            for stage in (values, record, number, both)
-            for n in stage.needs
-            if level[n] == 0
-        }
-        self._known = [node for node in early if node.op != "placeholder"]
-        self._first = _Stage(graph, level, 0, self._known)
-        self._values, self._record, self._number, self._both = values, record, number, both
-        self._pull_s = _Stage(graph, level, 2, pulled[: len(s)])
-        self._pull_x = _Stage(graph, level, 2, pulled[len(s) :])
-        self._outputs = outputs
+        flat, self._batch = flattened(batch)
+        self._size = len(s)
+        self._stages = Stages(function, x, s, flat, self._batch)
         self._constants: Saved = {}
 
     def at(self, x: Vector, batch: Any) -> None:
         """Take x and the batch that all following calls are at."""
-        flat, _ = _flattened(batch)
+        flat, _ = flattened(batch)
         given = [p.detach() for p in (*x, *flat)]
+        stages = self._stages
         with torch.no_grad():
-            env = dict(zip(self._given[0], given, strict=True))
-            self._constants = env | dict(zip(self._known, self._first(env), strict=True))
+            env = stages.read | dict(zip(stages.x, given, strict=True))
+            self._constants = env | dict(zip(stages.known, stages.first(env), strict=True))
 
     def scalar(self, s: Vector) -> Tensor:
         """The scalar at s."""
-        return self._known_at(self._number, s)[0]
+        return self._known_at(self._stages.number, s)[0]
 
     def values(self, s: Vector) -> Vector:
         """F(x, s)."""
-        return self._known_at(self._values, s)
+        return self._known_at(self._stages.values, s)
 
     def record(self, s: Vector) -> tuple[Vector, Saved]:
         """F(x, s), and what `pull` needs."""
-        found = self._known_at(self._record, s)
-        saved = dict(zip(self._saved, found[self._outputs :], strict=True))
-        return found[: self._outputs], self._constants | saved
+        found, saved = split(self._known_at(self._stages.record, s), -len(self._stages.saved))
+        return found, self._constants | dict(zip(self._stages.saved, saved, strict=True))
 
     def pull(self, saved: Saved, v: Vector) -> tuple[Vector, Vector]:
         """(dF/ds)'v and (dF/dx)'v where `saved` was recorded."""
-        found = self._run(self._both, saved, v)
-        return found[: self._sizes[1]], found[self._sizes[1] :]
+        return split(self._run(self._stages.both, saved, v), self._size)
 
     def pull_s(self, saved: Saved, v: Vector) -> Vector:
         """(dF/ds)'v alone."""
-        return self._run(self._pull_s, saved, v)
+        return self._run(self._stages.pull_s, saved, v)
 
     def pull_x(self, saved: Saved, v: Vector) -> Vector:
         """(dF/dx)'v alone."""
-        return self._run(self._pull_x, saved, v)
+        return self._run(self._stages.pull_x, saved, v)
 
     def fits(self, batch: Any) -> bool:
         """Whether a batch differs from the traced one in the numbers of its tensors at most."""
-        return _flattened(batch)[1] == self._batch
+        return flattened(batch)[1] == self._batch
 
-    def _known_at(self, stage: _Stage, s: Vector) -> Vector:
+    def _known_at(self, stage: Stage, s: Vector) -> Vector:
         with torch.no_grad():
-            return stage(self._constants | dict(zip(self._given[1], s, strict=True)))
+            return stage(self._constants | dict(zip(self._stages.s, s, strict=True)))
 
-    def _run(self, stage: _Stage, saved: Saved, v: Vector) -> Vector:
+    def _run(self, stage: Stage, saved: Saved, v: Vector) -> Vector:
         with torch.no_grad():
-            return stage(saved | dict(zip(self._given[2], v, strict=True)))
-
-    def _counts(self) -> tuple[int, int, int]:
-        """Inputs of each stage."""
-        x, s, batch = self._sizes
-        return x + batch, s, s
+            return stage(saved | dict(zip(self._stages.v, v, strict=True)))
 
 
-class _Stage:
+class Stage:
     """The part of a graph that can be done at one stage, as a function of what is known before."""
 
     def __init__(
@@ -163,7 +189,12 @@ class _Stage:
 
 
 def _joint(
-    function: Function, rest: _Rest, x: Vector, s: Vector, batch: Vector
+    function: Function,
+    rest: Rest,
+    x: Vector,
+    s: Vector,
+    batch: Vector,
+    decompositions: Decompositions | None,
 ) -> tuple[fx.GraphModule, int]:
     """The graph of (scalar, F, (dF/ds)'v, (dF/dx)'v) as a function of x, batch, s, v."""
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -186,7 +217,8 @@ def _joint(
 
     given = [p.detach() for p in (*x, *batch, *s, *s)]
     try:
-        graph = make_fx(torch.func.functionalize(joint, remove="mutations"))(*given)
+        pure = torch.func.functionalize(joint, remove="mutations")
+        graph = make_fx(pure, dict(decompositions or {}))(*given)
     except RuntimeError as error:
         raise InputError(
             f"the lower loss cannot be traced ({error}); use engine=autograd."
@@ -204,104 +236,29 @@ def _untraceable(what: str) -> str:
     return f"the lower loss cannot be traced: it {what}; use engine=autograd."
 
 
-def _levels(graph: fx.Graph, counts: Sequence[int]) -> dict[fx.Node, int]:
-    """The stage that each node belongs to."""
-    given = iter([rank for rank, count in enumerate(counts) for _ in range(count)])
-    level: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            level[node] = next(given)
-        elif node.target in FILLED:
-            level[node] = 0
-        elif node.op != "output":
-            level[node] = max((level[n] for n in node.all_input_nodes), default=0)
-    return level
-
-
-FILLED = {aten.ones_like.default: 1.0, aten.zeros_like.default: 0.0}
-"""Kernels that read only the shape of their input, and what they fill it with."""
-
-
-def _rewrite(graph: fx.Graph, level: dict[fx.Node, int]) -> None:
-    """Leave out what does nothing without autograd, and transpose tall narrow products.
-
-    Transposed results have other strides, so a view of them may have to copy; a graph that says
-    strides in numbers keeps them.
-    """
-    nodes = [node for node in graph.nodes if node.op == "call_function"]
-    if any(node.target is aten.as_strided.default for node in nodes):
-        nodes = [node for node in nodes if node.target in FILLED]
-    for node in nodes:
-        with graph.inserting_before(node):
-            new = _replaced(graph, node, level)
-        if new is not None:
-            new.meta = new.meta or node.meta
+def _lifted(whole: fx.GraphModule, level: dict[fx.Node, int]) -> Saved:
+    """Make the tensors that a graph reads inputs of it, and what they are."""
+    found: Saved = {}
+    for node in list(whole.graph.nodes):
+        value = getattr(whole, node.target) if node.op == "get_attr" else None
+        if isinstance(value, Tensor):
+            with whole.graph.inserting_before(next(iter(whole.graph.nodes))):
+                new = whole.graph.placeholder(str(node.target))
+            found[new], level[new] = value, 0
             node.replace_all_uses_with(new)
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-
-
-def _replaced(graph: fx.Graph, node: fx.Node, level: dict[fx.Node, int]) -> fx.Node | None:
-    """What takes the place of a node, None where it stays."""
-
-    def call(target: Any, *arguments: Any, rank: int = level[node], **options: Any) -> fx.Node:
-        new = graph.call_function(target, arguments, options)
-        level[new] = rank
-        return new
-
-    def flipped(of: fx.Node) -> fx.Node:
-        twice = of.target is aten.t.default
-        return of.args[0] if twice else call(aten.t.default, of, rank=level[of])  # type: ignore
-
-    match node.target, node.args:
-        case (aten.detach.default, (fx.Node() as same,)):
-            return same
-        case (aten.pow.Tensor_Scalar | aten.mul.Tensor | aten.mul.Scalar, (fx.Node() as same, 1.0)):
-            return same if _alike(node, same) else None
-        case (aten.view.default | aten._unsafe_view.default, (of, size)):
-            return call(aten.reshape.default, of, size)
-        case (aten.add.Tensor, (fx.Node() as same, fx.Node() as zero)) if _zero(zero):
-            return same if _alike(node, same) else None
-        case (aten.t.default, (fx.Node(target=aten.t.default) as turned,)):
-            return turned.args[0]  # type: ignore[return-value]
-        case (target, _) if target in FILLED:
-            like = node.meta["val"]
-            kind = {"dtype": like.dtype, "device": like.device}
-            return call(aten.full.default, list(like.shape), FILLED[target], rank=0, **kind)
-        case (aten.mm.default, (fx.Node() as a, fx.Node() as b)) if _tall(node):
-            at = flipped(a)
-            if level[a] == 0:  # once for all: most of the gain
-                at = call(aten.clone.default, at, rank=0, memory_format=torch.contiguous_format)
-            return flipped(call(aten.mm.default, flipped(b), at))
-        case (aten._log_softmax.default, (fx.Node() as a, 1 | -1, False)) if _tall(node):
-            return flipped(call(node.target, flipped(a), 0, False))
-        case (
-            aten._log_softmax_backward_data.default,
-            (fx.Node() as a, fx.Node() as b, 1 | -1, kind),
-        ) if _tall(node):
-            return flipped(call(node.target, flipped(a), flipped(b), 0, kind))
-    return None
-
-
-def _tall(node: fx.Node) -> bool:
-    shape = node.meta["val"].shape
-    return len(shape) == 2 and shape[0] >= SKINNY * shape[1]
-
-
-def _zero(node: fx.Node) -> bool:
-    return node.target is aten.full.default and bool(node.args[1] == 0.0)
-
-
-def _alike(a: fx.Node, b: fx.Node) -> bool:
-    if "val" not in b.meta:
-        return False
-    one, other = a.meta["val"], b.meta["val"]
-    return (one.dtype, one.shape) == (other.dtype, other.shape)
+            whole.graph.erase_node(node)
+    return found
 
 
 def _outputs(graph: fx.Graph) -> list[fx.Node]:
     (end,) = (node for node in graph.nodes if node.op == "output")
     return list(end.args[0])  # type: ignore[arg-type]
+
+
+def split(tensors: Vector, at: int) -> tuple[Vector, Vector]:
+    """Two parts of a list; a negative place counts from the end."""
+    at = at if at > 0 else len(tensors) + at
+    return tensors[:at], tensors[at:]
 
 
 def _spans(counts: Sequence[int]) -> list[tuple[int, int]]:
@@ -310,7 +267,7 @@ def _spans(counts: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class _Rest:
+class Rest:
     """A batch without the numbers of its tensors."""
 
     spec: pytree.TreeSpec
@@ -331,7 +288,7 @@ class _Place:
     device: torch.device
 
 
-def _flattened(batch: Any) -> tuple[Vector, _Rest]:
+def flattened(batch: Any) -> tuple[Vector, Rest]:
     leaves, spec = pytree.tree_flatten(batch)
     marks = (_Place(p.shape, p.dtype, p.device) if isinstance(p, Tensor) else p for p in leaves)
-    return [p for p in leaves if isinstance(p, Tensor)], _Rest(spec, tuple(marks))
+    return [p for p in leaves if isinstance(p, Tensor)], Rest(spec, tuple(marks))

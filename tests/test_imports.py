@@ -8,7 +8,7 @@ import pytest
 CORE = Path(__file__).parent.parent / "bilevel"
 ORDER = [
     ["errors", "tree", "result", "fields", "evidence", "datasets", "picture", "cards", "storage"],
-    ["markdown"],
+    ["markdown", "rewrite"],
     ["piped", "tracking"],
     ["votes", "linear", "spectrum", "projection", "trace"],
     ["variable", "precision", "stepping", "offload", "blocks", "processes"],
