@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.errors import NonFiniteError
 from bilevel.launch import Launcher
-from bilevel.linear import LinearSolver, LinearStatus, Matvec
+from bilevel.linear import LinearResult, LinearSolver, LinearStatus, Matvec
 from bilevel.memory import Memory
 from bilevel.oracle import Curvature, Gradients, Vector
 from bilevel.problem import Problem, constrained
@@ -95,17 +95,23 @@ def implicit_gradient(
         hvp: v -> H v in place of `bend.hvp`.
     """
     result = linear.solve(hvp or bend.hvp, upper.y, start)
+    state.lower = bend.value
+    note_solve(state, upper, bend.gradient, result)
+    return plus(upper.x, bend.cross(result.solution), -1.0)
+
+
+def note_solve(state: State, upper: Gradients, gradient: Vector, result: LinearResult) -> None:
+    """Keep v and the evidence of a solve H v = grad_y f at y, `gradient` being grad_y g there."""
     v = result.solution
     state.vectors["v"] = v
-    state.upper, state.lower = upper.value, bend.value
+    state.upper = upper.value
     state.numbers |= {
-        "lower_gradient": norm(bend.gradient),
-        "lower_error": abs(float(dot(v, bend.gradient))),
+        "lower_gradient": norm(gradient),
+        "lower_error": abs(float(dot(v, gradient))),
         "curvature": float(result.status is LinearStatus.CURVATURE),
     }
     if result.residual == result.residual:  # not measured by every solver
         state.numbers["linear_residual"] = result.residual / max(norm(upper.y), 1e-300)
-    return plus(upper.x, bend.cross(v), -1.0)
 
 
 def warm_start(state: State) -> Vector | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from bilevel.compiled import Compiled
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.linear import norm
@@ -24,33 +25,37 @@ _UNSEEN = object()
 
 Step = Callable[[Vector, Vector], Sequence[Tensor]]
 """(s, grad_y g) -> what is traced: the gradient itself, or the next s."""
+Kind = TypeVar("Kind", Traced, Compiled)
 
 
-class Staged:
+class Staged(Generic[Kind]):
     """F(x, s) = step(s, grad_y g(x, y)) with y the first leaves of s, traced once for a run.
 
     Args:
         problem: Of g.
         state: Of x and y, which must be trees of tensors.
         step: From s and the gradient to F.
+        kind: How F is run.
 
     Raises:
         InputError: If x or y is a module.
     """
 
-    def __init__(self, problem: Problem, state: State, step: Step) -> None:
-        self._problem, self._state, self._step = problem, state, step
+    def __init__(self, problem: Problem, state: State, step: Step, kind: type[Kind]) -> None:
+        self._problem, self._state, self._step, self._kind = problem, state, step, kind
         self._x, self._y = state.variables["x"], state.variables["y"]
         if is_module(self._x.value) or is_module(self._y.value):
-            raise InputError("engine=traced needs x and y to be trees of tensors, not modules.")
-        self._traced: list[Traced] = []
+            raise InputError(
+                f"engine={kind.engine} needs x and y to be trees of tensors, not modules."
+            )
+        self._traced: list[Kind] = []
         self._batch: Any = _UNSEEN
 
     def renew(self) -> None:
         """Forget where x was."""
         self._batch = _UNSEEN
 
-    def at(self, s: Vector, batch: Any) -> Traced:
+    def at(self, s: Vector, batch: Any) -> Kind:
         """The trace, at the present x and a batch.
 
         Raises:
@@ -61,11 +66,11 @@ class Staged:
             fit = next((t for t in self._traced if t.fits(batch)), None)
             if fit is None and len(self._traced) == RETRACED:
                 raise InputError(
-                    "engine=traced needs batches that are trees of tensors of few shapes, and "
-                    f"this is the {RETRACED + 1}th kind; use engine=autograd."
+                    f"engine={self._kind.engine} needs batches that are trees of tensors of few "
+                    f"shapes, and this is the {RETRACED + 1}th kind; use engine=autograd."
                 )
             if fit is None:
-                fit = Traced(self._function, x, s, batch)
+                fit = self._kind(self._function, x, s, batch)
             else:
                 self._traced.remove(fit)
             self._traced.append(fit)
@@ -88,21 +93,21 @@ class Staged:
         return with_leaves(at, self._x.value, x)
 
 
-def staged(problem: Problem, state: State, step: Step) -> Staged:
+def staged(problem: Problem, state: State, step: Step, kind: type[Kind]) -> Staged[Kind]:
     """The one of a run, at the x of now."""
-    found = state.derived.get("staged") or Staged(problem, state, step)
+    found = state.derived.get("staged") or Staged(problem, state, step, kind)
     state.derived["staged"] = found
     found.renew()
     return found
 
 
 def descend(
-    lower: Staged, problem: Problem, launcher: Launcher, state: State, *, steps: int
+    lower: Staged[Traced], problem: Problem, launcher: Launcher, state: State, *, steps: int
 ) -> None:
     """As `bilevel.descent.descend` to rounding; what is not finite is found at the last step."""
     x, y = state.variables["x"], state.variables["y"]
     own = leaves(y.value)
-    lr = _plain(y)
+    lr = plain_step(y)
     for left in reversed(range(steps)):
         batch = next(state.streams["lower"])
         at = lower.at(own, batch)
@@ -133,7 +138,7 @@ class StagedCurvature(Curvature):
         batch: Of the lower loss.
     """
 
-    def __init__(self, lower: Staged, oracle: Oracle, x: Any, y: Any, batch: Any) -> None:
+    def __init__(self, lower: Staged[Traced], oracle: Oracle, x: Any, y: Any, batch: Any) -> None:
         self._oracle, self._place = oracle, (x, y, batch)
         own = leaves(y)
         self._traced = lower.at(own, batch)
@@ -158,7 +163,7 @@ class StagedCurvature(Curvature):
         return self._traced.pull(self._saved, v)
 
 
-def _plain(y: Variable) -> float | None:
+def plain_step(y: Variable) -> float | None:
     """The step size where y moves by its gradient alone, None where by anything else."""
     groups = y.optimizer.param_groups
     if type(y.optimizer) is not torch.optim.SGD or len(groups) > 1 or y.project or y.holder:
@@ -168,8 +173,8 @@ def _plain(y: Variable) -> float | None:
     return None if changed else float(group["lr"])
 
 
-def faults(problem: Problem) -> list[str]:
-    """Why engine=traced cannot be used, as sentences."""
-    if constrained(problem, "lower"):
-        return ["engine=traced needs a lower level without constraints; use engine=autograd."]
+def faults(problem: Problem, engine: str) -> list[str]:
+    """Why an engine cannot be used, as sentences."""
+    if engine != "autograd" and constrained(problem, "lower"):
+        return [f"engine={engine} needs a lower level without constraints; use engine=autograd."]
     return []

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from bilevel import staged
+from bilevel import looped, staged
+from bilevel.compiled import Compiled
 from bilevel.descent import begin, descend, implicit_gradient, move_upper, warm_start
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
@@ -22,10 +23,11 @@ from bilevel.linear import (
     Nystrom,
 )
 from bilevel.memory import Memory
-from bilevel.oracle import Curvature, Oracle, Vector
+from bilevel.oracle import Curvature, Gradients, Oracle, Vector
 from bilevel.problem import Problem, constrained
 from bilevel.result import Status
 from bilevel.solver import Solver, State, ignored, require
+from bilevel.trace import Traced
 from bilevel.variable import optimizer_by_name
 
 Name = Literal["cg", "minres", "neumann", "nystrom", "fisher", "identity"]
@@ -93,8 +95,9 @@ class AID(Solver):
     """Whether all products with H share one batch of g, or each draws its own (neumann only)."""
     products: Literal["graph", "finite"] = "graph"
     """Second derivatives by autograd, or by differences of gradients where those do not exist."""
-    engine: Literal["autograd", "traced"] = "autograd"
-    """Whether autograd differentiates g at every step, or a trace made once (`bilevel.trace`)."""
+    engine: Literal["autograd", "traced", "compiled"] = "autograd"
+    """Whether autograd differentiates g at every step, a trace made once (`bilevel.trace`), or
+    loops compiled once (`bilevel.compiled`; cg only)."""
     upper_optimizer: str = "adam"
     """A torch.optim optimizer for x."""
     upper_lr: float = 1e-2
@@ -116,8 +119,10 @@ class AID(Solver):
                 f"linear={self.linear}."
             )
         faults = ignored(self, "linear", NEEDS)
-        if self.engine == "traced" and (self.products == "finite" or self.batches == "fresh"):
-            faults.append("engine=traced needs products=graph and batches=shared.")
+        if self.engine != "autograd" and (self.products == "finite" or self.batches == "fresh"):
+            faults.append(f"engine={self.engine} needs products=graph and batches=shared.")
+        if self.engine == "compiled" and (self.linear != "cg" or self.lower_optimizer != "sgd"):
+            faults.append("engine=compiled needs linear=cg and lower_optimizer=sgd.")
         if faults:
             raise InputError(faults)
 
@@ -128,14 +133,19 @@ class AID(Solver):
         lower = optimizer_by_name(self.lower_optimizer, self.lower_lr)
         state = begin(problem, memory, launcher, generator, upper=upper, lower=lower)
         if self.engine == "traced":
-            self._staged(problem, state)
+            self._staged(problem, state, Traced)
+        elif self.engine == "compiled":
+            self._staged(problem, state, Compiled)
         return state
 
     def step(self, problem: Problem, launcher: Launcher, state: State) -> State:
         state.memory.before_step(state.step, [state.variables["y"]])
         if self.engine == "traced":
-            lower = self._staged(problem, state)
+            lower = self._staged(problem, state, Traced)
             staged.descend(lower, problem, launcher, state, steps=self.inner_steps)
+        elif self.engine == "compiled":
+            lower = self._staged(problem, state, Compiled)
+            looped.descend(lower, state, steps=self.inner_steps)
         else:
             descend(problem, launcher, state, steps=self.inner_steps)
         move_upper(launcher, state, self._estimate(problem, state))
@@ -159,12 +169,14 @@ class AID(Solver):
         upper_batch, lower_batch = (next(state.streams[level]) for level in ("upper", "lower"))
         oracle = Oracle(problem, state.counts)
         upper = oracle.upper(x.value, y.value, upper_batch)
+        start = warm_start(state) if self.warm else None
+        if self.engine == "compiled":
+            return self._compiled(oracle, state, upper, lower_batch, start)
         if self.engine == "traced":
-            lower = self._staged(problem, state)
+            lower = self._staged(problem, state, Traced)
             bend = staged.StagedCurvature(lower, oracle, x.value, y.value, lower_batch)
         else:
             bend = self._curvature(oracle, x.value, y.value, lower_batch)
-        start = warm_start(state) if self.warm else None
 
         def fresh(v: Vector) -> Vector:
             batch = next(state.streams["lower"])
@@ -174,8 +186,17 @@ class AID(Solver):
         linear = self._linear(oracle, state)
         return implicit_gradient(state, upper, bend, linear, start=start, hvp=hvp)
 
-    def _staged(self, problem: Problem, state: State) -> staged.Staged:
-        return staged.staged(problem, state, lambda s, g: g)
+    def _compiled(
+        self, oracle: Oracle, state: State, upper: Gradients, batch: Any, start: Vector | None
+    ) -> Vector:
+        lower: staged.Staged[Compiled] = state.derived["staged"]
+        linear = CG(steps=self.linear_steps, tolerance=self.linear_tolerance, damping=self.damping)
+        return looped.implicit_gradient(lower, oracle, state, upper, batch, linear, start)
+
+    def _staged(
+        self, problem: Problem, state: State, kind: type[staged.Kind]
+    ) -> staged.Staged[staged.Kind]:
+        return staged.staged(problem, state, lambda s, g: g, kind)
 
     def _linear(self, oracle: Oracle, state: State) -> LinearSolver:
         if self.linear == "fisher":

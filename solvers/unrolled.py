@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bilevel import staged
+from bilevel.compiled import Compiled, Unrolled
 from bilevel.descent import begin, move_upper, plus, zeros
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
@@ -20,6 +22,7 @@ from bilevel.oracle import Vector, twice_differentiable
 from bilevel.problem import Problem, constrained
 from bilevel.result import Status
 from bilevel.solver import Solver, State, finite_loss, require
+from bilevel.trace import Traced
 from bilevel.tree import leaves, with_leaves
 from bilevel.variable import optimizer_by_name
 
@@ -56,8 +59,9 @@ class ITD(Solver):
     """Differentiate the last so many inner steps only; 0 takes all."""
     mode: Literal["reverse", "checkpointed", "forward"] = "reverse"
     """Keep every step's graph, keep about 2 sqrt(K) states and graphs, or push dim_x tangents."""
-    engine: Literal["autograd", "traced"] = "autograd"
-    """Whether autograd differentiates every step, or a trace made once (`bilevel.trace`)."""
+    engine: Literal["autograd", "traced", "compiled"] = "autograd"
+    """Whether autograd differentiates every step, a trace made once (`bilevel.trace`), or loops
+    compiled once (`bilevel.compiled`)."""
     warm: bool = True
     """Whether y starts where the last upper step ended, rather than at its first start."""
     upper_optimizer: str = "adam"
@@ -86,8 +90,9 @@ class ITD(Solver):
             eps="positive",
             tolerance="non-negative",
         )
-        if self.engine == "traced" and (self.mode != "reverse" or self.lower_optimizer != "sgd"):
-            raise InputError("engine=traced needs mode=reverse and lower_optimizer=sgd.")
+        eager = self.engine == "autograd"
+        if not eager and (self.mode != "reverse" or self.lower_optimizer != "sgd"):
+            raise InputError(f"engine={self.engine} needs mode=reverse and lower_optimizer=sgd.")
 
     def init(
         self, problem: Problem, memory: Memory, launcher: Launcher, generator: torch.Generator
@@ -98,7 +103,9 @@ class ITD(Solver):
         if not self.warm:
             state.vectors["start"] = _detached(leaves(state.variables["y"].value))
         if self.engine == "traced":
-            self._staged(problem, state)
+            self._staged(problem, state, Traced)
+        elif self.engine == "compiled":
+            self._staged(problem, state, Compiled)
         return state
 
     def step(self, problem: Problem, launcher: Launcher, state: State) -> State:
@@ -117,7 +124,7 @@ class ITD(Solver):
         return Status.CONVERGED if small else None
 
     def check(self, problem: Problem) -> list[str]:
-        return staged.faults(problem) if self.engine == "traced" else []
+        return staged.faults(problem, self.engine)
 
     def _estimate(self, steps: _Steps, start: Vector) -> tuple[Vector, Vector]:
         """dF_T and y_T."""
@@ -125,14 +132,18 @@ class ITD(Solver):
         momenta = 2 if self.lower_optimizer == "adam" else 1 if self.momentum else 0
         s = [*start, *(t for _ in range(momenta) for t in zeros(start))]
         if self.engine == "traced":
-            return _traced(steps, self._staged(steps.problem, steps.state), s, first)
+            return _traced(steps, self._staged(steps.problem, steps.state, Traced), s, first)
+        if self.engine == "compiled":
+            return _compiled(steps, self._staged(steps.problem, steps.state, Compiled), s, first)
         for t in range(first):
             s = steps.phi(s, t, graph=False)
         sweep = {"reverse": _reverse, "checkpointed": _checkpointed, "forward": _forward}
         return sweep[self.mode](steps, s, first)
 
-    def _staged(self, problem: Problem, state: State) -> staged.Staged:
-        return staged.staged(problem, state, lambda s, g: _sgd(self, s, g, 0))
+    def _staged(
+        self, problem: Problem, state: State, kind: type[staged.Kind]
+    ) -> staged.Staged[staged.Kind]:
+        return staged.staged(problem, state, lambda s, g: _sgd(self, s, g, 0), kind)
 
 
 class _Steps:
@@ -242,7 +253,9 @@ def _reverse(steps: _Steps, s: Vector, first: int) -> tuple[Vector, Vector]:
     return along_x, end
 
 
-def _traced(steps: _Steps, lower: staged.Staged, s: Vector, first: int) -> tuple[Vector, Vector]:
+def _traced(
+    steps: _Steps, lower: staged.Staged[Traced], s: Vector, first: int
+) -> tuple[Vector, Vector]:
     """As `_reverse`, with one trace for all steps."""
     tapes = []
     for t, batch in enumerate(steps.batches):
@@ -260,6 +273,29 @@ def _traced(steps: _Steps, lower: staged.Staged, s: Vector, first: int) -> tuple
         adjoint, share = phi.pull(saved, adjoint)
         along_x = plus(along_x, share)
     steps.count_products(len(tapes))
+    _note_left_out(steps, adjoint, r)
+    return along_x, end
+
+
+def _compiled(
+    steps: _Steps, lower: staged.Staged[Compiled], s: Vector, first: int
+) -> tuple[Vector, Vector]:
+    """As `_traced`, with steps in turn on one batch in one call."""
+    tapes: list[tuple[Compiled, Unrolled]] = []
+    kept = [(id(batch), t >= first) for t, batch in enumerate(steps.batches)]
+    for (_, keep), part in groupby(range(steps.total), key=kept.__getitem__):
+        turns = list(part)
+        phi = lower.at(s, steps.batches[turns[0]])
+        unrolled = phi.unroll(s, steps=len(turns))
+        s = unrolled.end
+        tapes += [(phi, unrolled)] if keep else []
+        if turns[-1] == steps.total - 1:
+            steps.finish(unrolled.scalar, unrolled.before, s)
+    end, along_x, r = steps.upper(s)
+    adjoint = [*r, *zeros(s[steps.size :])]
+    for phi, unrolled in reversed(tapes):
+        adjoint, along_x = phi.pull(unrolled, adjoint, along_x)
+    steps.count_products(steps.total - first)
     _note_left_out(steps, adjoint, r)
     return along_x, end
 

@@ -8,9 +8,10 @@ import pytest
 CORE = Path(__file__).parent.parent / "bilevel"
 ORDER = [
     ["errors", "tree", "result", "fields", "evidence", "datasets", "picture", "cards", "storage"],
-    ["markdown", "rewrite"],
+    ["markdown", "rewrite", "loops"],
     ["piped", "tracking"],
     ["votes", "linear", "spectrum", "projection", "trace"],
+    ["compiled"],
     ["variable", "precision", "stepping", "offload", "blocks", "processes"],
     ["trunk", "quantized", "outline"],
     ["problem", "memory"],
@@ -18,6 +19,7 @@ ORDER = [
     ["together"],
     ["oracle", "solver", "checkpoint", "plugins", "fsdp", "zero"],
     ["descent", "staged", "check", "resolve", "batch", "footprint"],
+    ["looped"],
     ["hypergradient"],
     ["compare", "audit"],
     ["solve"],

@@ -18,8 +18,10 @@ torch.set_num_threads(1)
 METHODS = {
     "aid": "implicit",
     "aid traced": "implicit",
+    "aid compiled": "implicit, compiled",
     "itd": "unrolled",
     "itd traced": "unrolled",
+    "itd compiled": "unrolled, compiled",
     "aid 10+3": "few steps",
 }
 
