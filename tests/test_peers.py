@@ -48,6 +48,7 @@ def test_a_run_is_written_continued_and_shown(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(tasks.TASKS, "quadratic-100", {**tasks.TASKS["quadratic-100"]})
     monkeypatch.setattr(run, "FOLDER", tmp_path)
+    monkeypatch.setattr(run, "COMPILED", tmp_path / "none")
     monkeypatch.setitem(environments.PEERS, "absent", environments.Peer(("no-such==1",), ()))
     monkeypatch.setattr(run, "prepare", lambda n, s: "no such package" if n == "absent" else "")
     words = ["run.py", "--peers", "ours", "absent", "--tasks", "quadratic-100", "--repeats", "2"]
@@ -55,8 +56,10 @@ def test_a_run_is_written_continued_and_shown(tmp_path, monkeypatch, capsys):
     run.main()
     rows = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
     error = {(r["method"], r["inner"]): r["error"] for r in rows if r["kind"] == "error"}
-    assert {error[m, 2000] < 1e-9 for m in ("aid", "aid traced", "itd", "itd traced")} == {True}
+    engines = [f"{m}{e}" for m in ("aid", "itd") for e in ("", " traced", " compiled")]
+    assert {error[m, 2000] < 1e-9 for m in engines} == {True}
     assert error["aid", 100] == pytest.approx(error["aid traced", 100], rel=1e-6)
+    assert error["aid", 100] == pytest.approx(error["aid compiled", 100], rel=1e-6)
     table = (tmp_path / "peers.md").read_text()
     assert "cannot be installed: no such package" in table and "| ours | itd traced |" in table
     run.main()  # all is known: nothing is done again

@@ -17,6 +17,8 @@ ONE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
 }
+COMPILED = FOLDER / "inductor"
+"""What PyTorch keeps of loops it has compiled; `run.py` empties it at the start of a run."""
 
 
 class Fault(Exception):
@@ -34,7 +36,8 @@ class Session:
         self.peer = peer
         FOLDER.mkdir(parents=True, exist_ok=True)
         self._errors = FOLDER / f"{peer}.stderr"
-        path = {"PYTHONPATH": str(ROOT)} if peer == "ours" else {}
+        path = {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED)}
+        path |= {"PYTHONPATH": str(ROOT)} if peer == "ours" else {}
         kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         command = [str(interpreter(peer)), "-P", str(Path(__file__).parent / "worker.py"), peer]
         with self._errors.open("w") as errors:
