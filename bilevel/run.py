@@ -163,9 +163,7 @@ def _search(
     done = checkpoint.latest(folder / "checkpoints")
     if launcher.is_main:
         folder.mkdir(exist_ok=True)
-        lines = [f"seed {settings.seed}"] if folder != out else []
-        lines += [f"going on from {done}"] if done else []
-        print("\n".join([*lines, ""]), end="", flush=True)
+        _announce(options, done, several=folder != out)
     progress = _Progress(problem, settings.steps, checkpoint.step_of(done), launcher.is_main)
     written = options_of(out) if launcher.is_main else {}
     watch = Watch(folder, done=checkpoint.step_of(done), track=settings.track, options=written)
@@ -195,14 +193,21 @@ def _search(
     stopped = result.status is Status.STOPPED
     if launcher.is_main:
         write_result(folder, result)
-        if stopped:
-            problem.interim(together([*earlier, result]), out)
+    if stopped:
+        saved(result)
     if stopped or (progress.interrupted and launcher.world_size == 1):
         raise KeyboardInterrupt
     plain = type(problem).finish is Problem.finish
     if plain and launcher.world_size == 1 and result.success:
         result = audited(problem, result)
     return result
+
+
+def _announce(options: Options, done: Path | None, *, several: bool) -> None:
+    """Say which of several seeds this is, and the checkpoint that it goes on from."""
+    lines = [f"seed {options.settings.seed}"] if several else []
+    lines += [f"going on from {done}"] if done else []
+    print("\n".join([*lines, ""]), end="", flush=True)
 
 
 @contextmanager
