@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from bilevel import processes, zero_config
 from bilevel.errors import InputError, NonFiniteError
-from bilevel.fsdp import blueprint, home
+from bilevel.fsdp import home
 from bilevel.memory import Full, Memory
+from bilevel.outline import blueprint
 from bilevel.problem import Problem
 from bilevel.together import Together, engine_faults, four_bit_faults, option_faults, process_faults
-from bilevel.tree import Part, Value, digest, leaves, whole
+from bilevel.tree import Part, Value, digest, leaves
 from bilevel.variable import OptimizerFactory, Variable
 from bilevel.zero_engine import Engine, Flat
 from bilevel.zero_package import join, leave, package_faults
@@ -301,14 +302,6 @@ def memory_faults(memory: Memory, stage: int) -> list[str]:
             f"{memory.precision}; use memory.precision=master."
         )
     return faults
-
-
-def whole_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters of a module that may be sharded; every process must call it.
-
-    They lie where the module was made to compute; one at a time is gathered.
-    """
-    return {name: whole(p).detach().clone() for name, p in module.named_parameters()}
 
 
 def _filled(empty: nn.Module, source: nn.Module) -> nn.Module:

@@ -13,7 +13,18 @@ import torch
 from processes_case import Tied, llm
 from safetensors.torch import load_file
 from test_processes import torchrun
-from zero_case import BYTES, CASES, KEPT, MEMORIES, PLANNED, RESUMED, SAVED, branches, run
+from zero_case import (
+    BYTES,
+    CASES,
+    KEPT,
+    MEMORIES,
+    PLANNED,
+    RESUMED,
+    SAVED,
+    branches,
+    run,
+    whole_parameters,
+)
 
 import bilevel
 from bilevel import LISA, Full, InputError, Single, zero_config
@@ -21,7 +32,7 @@ from bilevel.check import options as fit
 from bilevel.options import parse
 from bilevel.problems.quadratic import Quadratic
 from bilevel.solvers.penalty import VPBGD, Penalty, scalebio
-from bilevel.zero import DeepSpeed, whole_parameters
+from bilevel.zero import DeepSpeed
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="needs deepspeed: pip install 'bilevel[deepspeed]'"

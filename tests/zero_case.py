@@ -16,9 +16,9 @@ from bilevel.problems.llm_reweight import LLMReweight, footprint
 from bilevel.problems.llm_reweight.choices import choices
 from bilevel.solve import start
 from bilevel.solvers.penalty import scalebio
-from bilevel.tree import Part, leaves, size_bytes
+from bilevel.tree import Part, leaves, size_bytes, whole
 from bilevel.variable import optimizer_by_name
-from bilevel.zero import DeepSpeed, whole_parameters
+from bilevel.zero import DeepSpeed
 
 STEPS = 10
 SOLVERS = {
@@ -106,6 +106,11 @@ class Heads(nn.Module):
 
     def forward(self, head, rows):
         return self.parts[head](self.parts["trunk"](rows).tanh()).squeeze(-1)
+
+
+def whole_parameters(module):
+    """Copies of the parameters of a module that may be sharded; every process must call it."""
+    return {name: whole(p).detach().clone() for name, p in module.named_parameters()}
 
 
 def branches(launcher, **options):
