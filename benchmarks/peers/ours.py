@@ -22,7 +22,7 @@ METHODS = {
     "itd": "unrolled",
     "itd traced": "unrolled",
     "itd compiled": "unrolled, compiled",
-    "aid 10+3": "few steps",
+    "aid 6+3": "few steps",
 }
 
 
@@ -33,8 +33,8 @@ def start(task: Task, method: str, inner: int, products: int) -> Run:
         "upper_optimizer": "sgd",
         "upper_lr": task.upper_lr,
     }
-    if method == "aid 10+3":
-        return Run(task, AID(**shared | {"inner_steps": 10, "linear_steps": 3}))
+    if method == "aid 6+3":
+        return Run(task, AID(**shared | {"inner_steps": 6, "linear_steps": 3}))
     name, *engine = method.split()
     shared |= {"engine": engine[0]} if engine else {}
     if name == "aid":
