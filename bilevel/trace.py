@@ -170,7 +170,7 @@ class Stage:
             node = todo.pop()
             if node not in needed:
                 needed.add(node)
-                if level[node] == rank:
+                if level[node] >= rank:  # or postponed, and wanted here, too
                     todo.extend(node.all_input_nodes)
         order = [node for node in whole.graph.nodes if node in needed]
         outside = [n for n in order if n.op != "get_attr" and level[n] < rank]

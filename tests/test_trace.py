@@ -12,7 +12,7 @@ from bilevel.problems.quadratic import Quadratic
 from bilevel.solve import start
 from bilevel.solvers.implicit import AID
 from bilevel.solvers.unrolled import ITD
-from bilevel.trace import Traced
+from bilevel.trace import Stages, Traced, flattened
 
 DOUBLE = {"dtype": torch.float64}
 # Kernels run in another order or transposed: a few units in the last place of every sum.
@@ -77,6 +77,19 @@ def test_nothing_is_done_later_than_it_can_be():
     for kernel in ("sigmoid", "tanh", "_log_softmax"):
         assert f"aten.{kernel}.default" not in counts["both"]
     assert "aten.sigmoid.default" not in counts["values"]
+
+
+def test_what_is_cheap_is_done_again_where_a_compiler_fuses():
+    def function(x, s, batch):
+        u = s[0].exp() * x[0]
+        return u.sum(), [u * u]
+
+    given = [normal(3)], [normal(3)], *flattened(None)
+    eager, fused = (Stages(function, *given, table) for table in (None, {}))
+    assert (len(eager.saved), len(fused.saved)) == (2, 1)  # the exponential and u, or it alone
+    env = dict(zip((*fused.x, *fused.s), (*given[0], *given[1]), strict=True))
+    expected = (given[1][0].exp() * given[0][0]).square()
+    torch.testing.assert_close(fused.values(env), [expected], **CLOSE)
 
 
 def code(stage):
