@@ -22,7 +22,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from multiprocessing import get_context
@@ -67,6 +67,14 @@ class Records:
         self._keys.add(self._key(row))
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def drop(self, which: Callable[[dict[str, Any]], bool]) -> None:
+        """Forget the rows that are meant."""
+        self.rows = [row for row in self.rows if not which(row)]
+        self._keys = {self._key(row) for row in self.rows}
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        self.path.with_suffix(".new").write_text(text)
+        self.path.with_suffix(".new").replace(self.path)
 
     def _key(self, row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row.get(name) for name in self.KEY)
@@ -192,21 +200,25 @@ class Harness:
         self._note(kind="script", peer=peer, **found)
 
     def _times(self, name: str, path: Path) -> None:
-        """Seconds of an outer step, all libraries in turn; one after another where y is large."""
+        """Seconds of an outer step, all libraries in turn; one after another where y is large.
+
+        What was not timed whole is timed anew, since only repeats of one round belong together.
+        """
         repeats = min(3, self.repeats) if _large(name) else self.repeats
         rows = [(p, m, f) for p, methods in self.methods.items() for m, f in methods.items()]
-        key = {"kind": "time", "task": name}
-        rows = [
-            (p, m, f)
-            for p, m, f in rows
-            if not self._faulty(name, p, m)
-            and not self.records.has(**key, peer=p, method=m, repeat=repeats - 1)
-        ]
-        together = [[row] for row in rows] if _large(name) else [rows]  # memory is for one
-        for part in together:
-            self._interleaved(name, path, part, repeats)
-        if rows:
-            print(f"{name}: timed {len(rows)} rows {repeats} times", flush=True)
+        rows = [(p, m, f) for p, m, f in rows if not self._faulty(name, p, m)]
+        for part in [[row] for row in rows] if _large(name) else [rows]:  # memory is for one
+            key = {"kind": "time", "task": name, "repeat": repeats - 1}
+            if not all(self.records.has(**key, peer=p, method=m) for p, m, _ in part):
+                own = {(p, m) for p, m, _ in part}
+                self.records.drop(
+                    lambda r, own=own: (
+                        (r["kind"], r.get("task")) == ("time", name)
+                        and (r["peer"], r["method"]) in own
+                    )
+                )
+                self._interleaved(name, path, part, repeats)
+                print(f"{name}: timed {len(part)} rows {repeats} times", flush=True)
 
     def _interleaved(
         self, name: str, path: Path, rows: list[tuple[str, str, str]], repeats: int
@@ -223,8 +235,6 @@ class Harness:
             for repeat in range(repeats):
                 for peer, method, family in rows:
                     own = {"kind": "time", "task": name, "peer": peer, "method": method}
-                    if self.records.has(**own, repeat=repeat):
-                        continue
                     spent = sessions[peer, method].ask("step", count=counts[peer, method])
                     each = {k: spent[k] / spent["count"] for k in ("cpu", "wall")}
                     self.records.add(**own, repeat=repeat, family=family, **each)
