@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from bilevel import checkpoint, plan, plugins, processes
+from bilevel import checkpoint, forecast, plan, plugins, processes
 from bilevel.audit import audited
 from bilevel.check import probe
 from bilevel.errors import InputError
@@ -91,7 +91,7 @@ def _run(options: Options, words: list[str]) -> int:
     if options.problem.probed and (faults := probe(options.problem, options.solver.order)):
         raise InputError(faults)
     notes = options.problem.prepare() + options.solver.notes(options.problem)
-    planned = plan.here(options) if launcher.is_main else None
+    planned = forecast.here(options) if launcher.is_main else None
     state: State | None = start(
         options.problem,
         options.solver,

@@ -10,7 +10,14 @@ import torch
 
 from bilevel import looped, staged
 from bilevel.compiled import Compiled
-from bilevel.descent import begin, descend, implicit_gradient, move_upper, warm_start
+from bilevel.descent import (
+    begin,
+    converged,
+    descend,
+    implicit_gradient,
+    move_upper,
+    warm_start,
+)
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.linear import (
@@ -24,9 +31,9 @@ from bilevel.linear import (
 )
 from bilevel.memory import Memory
 from bilevel.oracle import Curvature, Gradients, Oracle, Vector
-from bilevel.problem import Problem, constrained
+from bilevel.problem import Problem
 from bilevel.result import Status
-from bilevel.solver import Solver, State, ignored, require
+from bilevel.solver import Solver, State, free_lower, ignored, require
 from bilevel.trace import Traced
 from bilevel.variable import optimizer_by_name
 
@@ -153,16 +160,10 @@ class AID(Solver):
         return state
 
     def terminate(self, state: State) -> Status | None:
-        small = self.tolerance and state.numbers.get("change", self.tolerance) < self.tolerance
-        return Status.CONVERGED if small else None
+        return converged(state, self.tolerance)
 
     def check(self, problem: Problem) -> list[str]:
-        if constrained(problem, "lower"):
-            return [
-                "implicit differentiation needs a lower level without constraints, and "
-                "project_lower is given; use a penalty solver."
-            ]
-        return []
+        return free_lower(problem, "implicit differentiation needs")
 
     def _estimate(self, problem: Problem, state: State) -> list[torch.Tensor]:
         x, y = state.variables["x"], state.variables["y"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel import staged
 from bilevel.compiled import Compiled, Unrolled
-from bilevel.descent import begin, move_upper, plus, zeros
+from bilevel.descent import begin, converged, move_upper, plus, zeros
 from bilevel.errors import InputError
 from bilevel.launch import Launcher
 from bilevel.linear import norm
@@ -120,8 +120,7 @@ class ITD(Solver):
         return state
 
     def terminate(self, state: State) -> Status | None:
-        small = self.tolerance and state.numbers.get("change", self.tolerance) < self.tolerance
-        return Status.CONVERGED if small else None
+        return converged(state, self.tolerance)
 
     def check(self, problem: Problem) -> list[str]:
         return staged.faults(problem, self.engine)

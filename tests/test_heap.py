@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bilevel import LISA, Full, plan
+from bilevel import LISA, Full, forecast
 from bilevel.blocks import units
 from bilevel.footprint import work
 from bilevel.fsdp import DDP, FSDP2
@@ -95,8 +95,8 @@ WORDS = ["problem=llm_reweight", "launcher=fsdp2", "devices=2", "dtype=float32"]
 
 
 def test_only_a_processor_has_a_heap():
-    processor = plan.make([*WORDS, "problem.device=cpu"]).footprint
-    card = plan.make([*WORDS, "device=h100"]).footprint
+    processor = forecast.make([*WORDS, "problem.device=cpu"]).footprint
+    card = forecast.make([*WORDS, "device=h100"]).footprint
     more = {"freed memory that malloc keeps", "holes of buffers in malloc's heap"}
     for moment, parts in card.moments.items():
         assert not more & parts.keys()
@@ -107,6 +107,8 @@ def test_only_a_processor_has_a_heap():
 @pytest.mark.parametrize(("launcher", "blocks"), [("fsdp2", 2), ("ddp", 1)])
 def test_a_block_is_copied_for_its_use(launcher, blocks):
     words = ["problem=llm_reweight", "problem.model=yi-34b", "devices=8", "device=a40"]
-    parts = plan.make([*words, f"launcher={launcher}"]).footprint.moments["at the highest block"]
+    parts = forecast.make([*words, f"launcher={launcher}"]).footprint.moments[
+        "at the highest block"
+    ]
     assert parts["gathered"] == 2 * blocks * 557_856_768
     assert parts["unreduced gradient"] == (2 + 4) * 557_856_768

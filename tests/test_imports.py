@@ -26,7 +26,8 @@ ORDER = [
     ["testing"],
     ["__init__"],
     ["options"],
-    ["folder"],
+    ["folder", "forecast"],
+    ["remedies"],
     ["run", "plan", "export"],
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}

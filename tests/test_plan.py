@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from plan_case import LONG, MIXED, YI
 
-from bilevel import Full, InputError, Single, plan
+from bilevel import Full, InputError, Single, forecast, plan, remedies
 from bilevel.cards import CARDS, find
 from bilevel.footprint import work
 from bilevel.problems.llm_reweight import LLMReweight, footprint
@@ -54,7 +54,7 @@ def test_what_would_fit_does_fit(capsys):
             for w in words
             if w.partition("=")[0] not in {c.partition("=")[0] for c in remedy["change"]}
         ]
-        made = plan.make([*keep, "problem.max_length=1024", *remedy["change"]])
+        made = forecast.make([*keep, "problem.max_length=1024", *remedy["change"]])
         assert made.fits
         totals.append(made.footprint.total == pytest.approx(remedy["total"]))
     assert all(totals)
@@ -62,7 +62,7 @@ def test_what_would_fit_does_fit(capsys):
 
 def test_options_of_a_replaced_part_go_with_it():
     words = ("memory=lisa", "memory.gamma=4", "devices=2", "batch=8")
-    assert plan._changed(words, ("memory=full", "problem.batch=4")) == (
+    assert remedies._changed(words, ("memory=full", "problem.batch=4")) == (
         "devices=2",
         "memory=full",
         "problem.batch=4",
@@ -76,9 +76,9 @@ def test_a_step_of_the_real_code_is_counted(capsys):
     slack = found["moments"][found["peak"]]["context and slack"]
     assert counted["peak"] == pytest.approx(found["total"] - slack, rel=0.1)
     with pytest.raises(InputError, match="one process"):
-        plan.measure(plan.make([*YI, *MIXED]))
+        forecast.measure(forecast.make([*YI, *MIXED]))
     with pytest.raises(InputError, match="memory=lora cannot be counted"):
-        plan.measure(plan.make(["problem=llm_reweight", "memory=lora"]))
+        forecast.measure(forecast.make(["problem=llm_reweight", "memory=lora"]))
 
 
 def test_all_faults_are_told_together(capsys):
@@ -156,7 +156,7 @@ def test_the_time_is_that_of_all_seeds(capsys):
     assert three["run_seconds"] == pytest.approx(3 * one["run_seconds"])
     step = max(one["compute_seconds"], one["traffic_seconds"]) + one["swap_seconds"]
     assert one["run_seconds"] == pytest.approx(100 * step)
-    made = plan.make([*words, "seeds=3", "device=here"])
+    made = forecast.make([*words, "seeds=3", "device=here"])
     said = "\n".join(plan.lines(made, timed=(2.0, 1e9)))
     assert f"100 steps of 3 seeds: {plan.duration(made.steps * made.seconds)} by" in said
     assert "measured here: 2.00 s a step, 100 steps of 3 seeds 10.0 minutes" in said

@@ -7,7 +7,7 @@ import pytest
 import torch
 from plan_case import LONG, YI
 
-from bilevel import LISA, InputError, plan
+from bilevel import LISA, InputError, forecast
 from bilevel.footprint import work
 from bilevel.fsdp import DDP, FSDP2
 from bilevel.problems.llm_reweight import LLMReweight, footprint, shapes
@@ -62,7 +62,7 @@ N, TRAINS, ADAPTERS = 34_388_917_248, 2_033_225_728, 122_880_000  # of Yi; LISA 
 def test_what_zero_shares_out(words, parts):
     kinds = {"lora": ["memory=lora"], "lisa": ["memory=lisa"], "apart": ["memory.share=false"]}
     more = [w for word in words for w in kinds.get(word, [f"launcher.{word}"])]
-    head = plan.make([*YI, *ENGINE, *more]).footprint.moments["at the head"]
+    head = forecast.make([*YI, *ENGINE, *more]).footprint.moments["at the head"]
     head["states"] = head["master copies and optimizer"]
     for part, size in parts.items():
         assert head[part] == pytest.approx(size, rel=1e-6), part
@@ -71,7 +71,7 @@ def test_what_zero_shares_out(words, parts):
 def test_what_leaves_the_device_is_in_host_memory():
     words = [*YI, *ENGINE, "launcher.offload=true"]
     for stage in (2, 3):
-        found = plan.make([*words, f"launcher.stage={stage}"]).footprint
+        found = forecast.make([*words, f"launcher.stage={stage}"]).footprint
         # masters and moments 12, the gradient in bfloat16 2 and in float32 4
         assert found.host["states and gradients of both copies"] == pytest.approx(2 * 18 * N)
 
@@ -80,14 +80,14 @@ def test_a_config_decides_what_is_planned(tmp_path):
     path = tmp_path / "ds.json"
     zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1e6}
     path.write_text(json.dumps({"zero_optimization": zero}))
-    found = plan.make([*YI, *ENGINE, f"launcher.config={path}"]).footprint
+    found = forecast.make([*YI, *ENGINE, f"launcher.config={path}"]).footprint
     head = found.moments["at the head"]
     assert head["buffers of gradients"] == 2 * 2 * 2 * 1e6 and "gathered" not in head
     zero = {"stage": 3, "offload_param": {"device": "cpu"}, "stage3_max_live_parameters": 6e8}
     path.write_text(json.dumps({"zero_optimization": zero}))
-    found = plan.make([*YI, *ENGINE, f"launcher.config={path}"]).footprint
+    found = forecast.make([*YI, *ENGINE, f"launcher.config={path}"]).footprint
     assert found.moments["at the head"]["weights"] == 0.0
     assert found.moments["at the head"]["gathered"] == 2 * 6e8
     assert found.host["weights"] == 4 * N
     with pytest.raises(InputError, match="memory=lisa at stage 2"):
-        plan.make([*YI, *ENGINE, "memory=lisa", "launcher.stage=2"])
+        forecast.make([*YI, *ENGINE, "memory=lisa", "launcher.stage=2"])

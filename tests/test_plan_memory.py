@@ -6,7 +6,7 @@ import pytest
 import torch
 from plan_case import MIXED, NEOX, QWEN, TOP, YI, bytes_of, folder
 
-from bilevel import LISA, Full, InputError, Single, plan
+from bilevel import LISA, Full, InputError, Single, forecast
 from bilevel.blocks import parameter_groups
 from bilevel.footprint import work
 from bilevel.lora import LoRA
@@ -56,9 +56,9 @@ def test_work_is_what_a_solver_does():
     assert work(f2sa(lower_optimizer="adamw")).held == 8
     assert work(f2sa()).gradients == found.gradients == 2 and work(scalebio()).gradients == 1
     with pytest.raises(InputError, match="second derivatives"):
-        plan.make(["problem=llm_reweight", "solver=aid"])
+        forecast.make(["problem=llm_reweight", "solver=aid"])
     with pytest.raises(InputError, match="no gradient of y"):
-        plan.make(["problem=llm_reweight", "solver=zo"])
+        forecast.make(["problem=llm_reweight", "solver=zo"])
 
 
 CASES = [
@@ -133,13 +133,13 @@ ONE_CARD += ["memory=lisa", "memory.pool=8", "problem.dtype=bfloat16"]
     ],
 )
 def test_34_billion_fit_one_card(words, gigabytes):
-    made = plan.make([*YI, *ONE_CARD, *words])
-    assert made.fits and not plan.make([*YI, *ONE_CARD, *words][:-1]).fits
+    made = forecast.make([*YI, *ONE_CARD, *words])
+    assert made.fits and not forecast.make([*YI, *ONE_CARD, *words][:-1]).fits
     assert made.footprint.total / 1e9 - 2.5 == pytest.approx(gigabytes, abs=0.05)
 
 
 def test_what_waits_in_host_memory_is_planned():
-    made = plan.make([*YI, *ONE_CARD, "memory.gamma=1", "memory.offload=states"])
+    made = forecast.make([*YI, *ONE_CARD, "memory.gamma=1", "memory.offload=states"])
     found = made.footprint
     # eight blocks, both ends and a norm in bfloat16; 16 bytes for each number that trains
     away = 2 * (8 * 557_856_768 + 2 * 458_752_000 + 7168) + 16 * 1_475_367_936
@@ -153,14 +153,14 @@ def test_what_waits_in_host_memory_is_planned():
     pinned = found.host["what is away from the device, pinned"]
     assert 2 * away < pinned < 4 * away
     with pytest.raises(InputError, match=r"memory\.offload needs launcher=single"):
-        plan.make([*YI, *MIXED, "memory.offload=idle"])
+        forecast.make([*YI, *MIXED, "memory.offload=idle"])
 
 
 def test_no_process_loads_all_of_a_model_that_is_cut_up():
-    one = plan.make([*YI, *ONE_CARD, "memory.gamma=1", "memory.offload=states"]).footprint.host
+    one = forecast.make([*YI, *ONE_CARD, "memory.gamma=1", "memory.offload=states"]).footprint.host
     assert one["model, whole in every process while it is loaded"] == 2 * 34_388_917_248
     words = ["launcher=fsdp2", "devices=8", "device=a40", "batch=8", "target_batch=8"]
-    several = plan.make([*YI, *words]).footprint.host
+    several = forecast.make([*YI, *words]).footprint.host
     (read,) = [n for name, n in several.items() if "while the model is read" in name]
     assert read == 2 * 64_000 * 7_168  # a part of the embedding in each of eight
 
@@ -168,8 +168,8 @@ def test_no_process_loads_all_of_a_model_that_is_cut_up():
 @pytest.mark.slow
 def test_a_step_of_34_billion_on_one_card_is_counted():
     words = ["device=h100", "memory.gamma=1", "memory.offload=states", "batch=4", "target_batch=2"]
-    made = plan.make([*YI, *ONE_CARD, *words])
-    _, peak = plan.measure(made)
+    made = forecast.make([*YI, *ONE_CARD, *words])
+    _, peak = forecast.measure(made)
     assert peak + 2.5e9 < made.card.usable
     assert peak == pytest.approx(made.footprint.total - 2.5e9, rel=0.03)
 

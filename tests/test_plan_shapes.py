@@ -4,7 +4,7 @@ import pytest
 import torch
 from plan_case import QWEN, YI, folder, meta
 
-from bilevel import InputError, plan
+from bilevel import InputError, forecast
 from bilevel.blocks import parameter_groups
 from bilevel.problems.llm_reweight import shapes
 
@@ -54,16 +54,16 @@ ADAPTED = {
 @pytest.mark.parametrize("targets", ADAPTED, ids="+".join)
 def test_chosen_layers_are_planned(targets):
     words = [*YI, "memory=lora", f"memory.targets={' '.join(targets)}", "device=h200"]
-    found = plan.make(words).footprint
+    found = forecast.make(words).footprint
     assert found.trained == ADAPTED[targets]
     parts = found.moments["at the head"]
     assert parts["adapters"] == 2 * 4 * ADAPTED[targets]
-    assert found.total < plan.make([*YI, "memory=lora", "device=h200"]).footprint.total
+    assert found.total < forecast.make([*YI, "memory=lora", "device=h200"]).footprint.total
 
 
 def test_layers_that_are_not_there_are_told_as_a_run_tells_them():
     with pytest.raises(InputError, match=r"yi-34b has no linear layer q_lin; its linear layers"):
-        plan.make([*YI, "memory=lora", "memory.targets=q_lin"])
+        forecast.make([*YI, "memory=lora", "memory.targets=q_lin"])
 
 
 def test_shapes_that_cannot_be_planned_are_refused(tmp_path):

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import bilevel
 import bilevel.run
-from bilevel import LISA, Full, InputError, LoRA, Single, plan
+from bilevel import LISA, Full, InputError, LoRA, Single, forecast
 from bilevel.footprint import work
 from bilevel.fsdp import DDP, FSDP2
 from bilevel.problems.llm_reweight import from_records, shapes, training
@@ -227,11 +227,11 @@ def test_what_cannot_be_is_told(monkeypatch, capsys):
 def test_34_billion_in_four_bits_fit_48_gigabytes():
     words = ["problem=llm_reweight", "problem.model=yi-34b", "memory=lora", "device=a40"]
     words += ["problem.max_length=1025", "problem.micro_batch=2", "problem.checkpointing=true"]
-    made = plan.make([*words, "memory.quantization=nf4"])
-    assert made.fits and not plan.make(words).fits
+    made = forecast.make([*words, "memory.quantization=nf4"])
+    assert made.fits and not forecast.make(words).fits
     # attention 7168 x (7168 + 1024 + 1024 + 7168), three matrices of 7168 x 20480
     matrices = 60 * 7168 * (2 * 7168 + 2 * 1024 + 3 * 20480)
     weights = 0.515869 * matrices + 2 * (34_388_917_248 - matrices)
     assert made.footprint.moments[made.footprint.peak]["weights"] == pytest.approx(weights)
     with pytest.raises(InputError, match=r"memory\.quantization needs launcher=single"):
-        plan.make([*words, "memory.quantization=nf4", "devices=8", "launcher=fsdp2"])
+        forecast.make([*words, "memory.quantization=nf4", "devices=8", "launcher=fsdp2"])

@@ -6,7 +6,7 @@ from test_memory import Tokens
 from test_offload import Half, held
 
 import bilevel
-from bilevel import plan
+from bilevel import forecast, remedies
 from bilevel.memory import LISA, Full
 from bilevel.precision import with_precision
 from bilevel.problems.llm_reweight import LLMReweight, rehearsal
@@ -155,7 +155,9 @@ def test_the_peak_is_the_planned_one(memory, more):
         words = [f"problem.{k}={v}" for k, v in (size | options).items()]
         words += ["problem=llm_reweight", f"memory={memory.__name__.lower()}", "steps=2"]
         words += [f"memory.{k}={v}" for k, v in more.items()]
-        made = plan.make([*words, f"memory.stepping={step}", "device=here", "problem.device=cpu"])
+        made = forecast.make(
+            [*words, f"memory.stepping={step}", "device=here", "problem.device=cpu"]
+        )
         parts = made.footprint.moments["in the optimizer's step"]
         around = ("interpreter and libraries", "freed memory that malloc keeps")
         assert made.footprint.peak == "in the optimizer's step"
@@ -193,7 +195,7 @@ ENGINE = ["launcher=fsdp2", "devices=8", "batch=24", "target_batch=8"]
     ],
 )
 def test_the_step_of_34_billion_is_planned(words, bytes_):
-    whole, parts = (plan.make([*YI, *words, f"memory.stepping={step}"]) for step in STEPS)
+    whole, parts = (forecast.make([*YI, *words, f"memory.stepping={step}"]) for step in STEPS)
     step = parts.footprint.moments["in the optimizer's step"]
     assert sum(step.values()) == pytest.approx(bytes_ + 2.5e9, rel=1e-3)
     assert whole.footprint.peak == "in the optimizer's step" != parts.footprint.peak
@@ -202,9 +204,9 @@ def test_the_step_of_34_billion_is_planned(words, bytes_):
 
 
 def test_a_plan_that_does_not_fit_tells_of_it():
-    made = plan.make([*YI, "memory=full", *ENGINE, "device=h200"])
-    assert not made.fits and plan.make([*made.words, "memory.stepping=parts"]).fits
-    assert plan.remedies(made)[0][0] == ("memory.stepping=parts",)
+    made = forecast.make([*YI, "memory=full", *ENGINE, "device=h200"])
+    assert not made.fits and forecast.make([*made.words, "memory.stepping=parts"]).fits
+    assert remedies.remedies(made)[0][0] == ("memory.stepping=parts",)
 
 
 def test_what_cannot_step_so_is_told_before_the_start():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bilevel import Full, InputError, cards, checkpoint, plan
+from bilevel import Full, InputError, cards, checkpoint, forecast, plan
 from bilevel.lora import LoRA
 from bilevel.memory import LISA
 from bilevel.problems.llm_reweight import LLMReweight, footprint, rehearsal
@@ -164,12 +164,12 @@ def test_durations_and_tables():
 
 def test_a_run_leaves_its_plan(tmp_path):
     own = problem(tmp_path)
-    options = plan.read(["problem=llm_reweight", "memory=lora", "launcher=single"])[0]
-    found = plan.here(dataclasses.replace(options, problem=own))
+    options = forecast.read(["problem=llm_reweight", "memory=lora", "launcher=single"])[0]
+    found = forecast.here(dataclasses.replace(options, problem=own))
     body = json.loads(json.dumps(plan.as_dict(found)))
     assert body["here"] and body["footprint"]["total"] == found.footprint.total
-    assert plan.here(plan.read(["problem=quadratic"])[0]) is None
-    assert plan.here(plan.read(["problem=llm_reweight", "attention=eager"])[0]) is None
+    assert forecast.here(forecast.read(["problem=quadratic"])[0]) is None
+    assert forecast.here(forecast.read(["problem=llm_reweight", "attention=eager"])[0]) is None
 
 
 def test_checkpoints_copy_no_memory_but_what_is_shared(tmp_path):
