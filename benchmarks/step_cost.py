@@ -31,8 +31,9 @@ from torch.utils.flop_counter import (
 import bilevel
 from bilevel.problems.llm_reweight import footprint
 from bilevel.problems.llm_reweight.choices import Choices
-from bilevel.problems.llm_reweight.footprint import Passes
 from bilevel.problems.llm_reweight.model import example_losses, tiny_model
+from bilevel.problems.llm_reweight.operations import pass_flops
+from bilevel.problems.llm_reweight.passes import Passes
 from bilevel.problems.llm_reweight.shapes import shape
 from bilevel.problems.llm_reweight.tokens import Batch, Rows, Stratified
 from bilevel.solvers.penalty import scalebio
@@ -205,8 +206,8 @@ def floors(options: argparse.Namespace) -> dict[str, float]:
     top = replace(lisa, ends=("head", "norms"), trunk=layers - quarter, once=True)
     kinds = {"full": replace(lisa, blocks=layers), "LISA": lisa}
     kinds |= {"LoRA": Choices(blocks=0, ends=(), rank=16, checkpointing=False)}
-    cost = {name: footprint.pass_flops(of, made, passes) for name, made in kinds.items()}
-    each = 2.25 * footprint.pass_flops(of, top, passes)
+    cost = {name: pass_flops(of, made, passes) for name, made in kinds.items()}
+    each = 2.25 * pass_flops(of, top, passes)
     found = {f"plain {name}": one for name, one in cost.items()}
     found |= {f"ours {name}": 2.25 * one for name, one in cost.items()}
     found["ours LISA, top quarter, trunk passed by each"] = each

@@ -9,6 +9,8 @@ from bilevel import LISA, Single
 from bilevel.footprint import work
 from bilevel.problems.llm_reweight import footprint, shapes
 from bilevel.problems.llm_reweight.choices import choices
+from bilevel.problems.llm_reweight.moments import moments
+from bilevel.problems.llm_reweight.passes import passes_of
 
 YI = ["problem=llm_reweight", "problem.model=yi-34b"]
 MIXED = ["memory=lisa", "launcher=fsdp2", "devices=8", "device=a40"]
@@ -36,7 +38,7 @@ def meta(name):
 
 def bytes_of(problem, solver, memory, **changes):
     """The moments of one process on a CPU, where the optimizer steps tensor by tensor."""
-    of, passes = footprint._shape(problem), footprint._rows(problem, 1)
+    of, passes = footprint._shape(problem), passes_of(problem, 1)
     does = work(solver, problem.number(memory), memory)
     made = choices(problem, does, memory, Single(), 1, of)
-    return footprint.moments(of, dataclasses.replace(made, foreach=False, **changes), passes)
+    return moments(of, dataclasses.replace(made, foreach=False, **changes), passes)

@@ -15,6 +15,8 @@ from bilevel.fsdp import DDP, FSDP2
 from bilevel.lora import Adapter
 from bilevel.problems.llm_reweight import LLMReweight, footprint
 from bilevel.problems.llm_reweight.choices import choices
+from bilevel.problems.llm_reweight.moments import moments
+from bilevel.problems.llm_reweight.passes import passes_of
 from bilevel.solve import start
 from bilevel.solvers.penalty import VPBGD, Penalty, RecursivePenalty, scalebio
 from bilevel.tree import Part, leaves, local, size_bytes, whole
@@ -186,7 +188,7 @@ def held_and_planned(launcher: Launcher) -> dict[str, list[float]]:
         shape = footprint._shape(problem)
         does = work(solver, problem.number(memory), memory)
         made = choices(problem, does, memory, launcher, 2, shape, 3)
-        parts = footprint.moments(shape, made, footprint._rows(problem, 2))["at the head"]
+        parts = moments(shape, made, passes_of(problem, 2))["at the head"]
         plan = sum(parts[n] for n in ("weights", "adapters", "master copies and optimizer"))
         found[name] = [own, plan]
     return found

@@ -10,8 +10,11 @@ from plan_case import LONG, YI
 from bilevel import LISA, InputError, forecast
 from bilevel.footprint import work
 from bilevel.fsdp import DDP, FSDP2
-from bilevel.problems.llm_reweight import LLMReweight, footprint, shapes
+from bilevel.problems.llm_reweight import LLMReweight, shapes
 from bilevel.problems.llm_reweight.choices import choices
+from bilevel.problems.llm_reweight.moments import moments
+from bilevel.problems.llm_reweight.operations import traffic
+from bilevel.problems.llm_reweight.passes import passes_of
 from bilevel.solvers.penalty import scalebio
 
 
@@ -25,20 +28,20 @@ def test_launchers_share_out_what_they_share_out():
     assert made[FSDP2].weight_shards == made[FSDP2].state_shards == 8
     assert made[DDP].weight_shards == made[DDP].gradient_shards == 1
     for kind in made:  # summed over two passes before they are shared, in float32
-        late = footprint.moments(of, made[kind], footprint._rows(problem, 8))["at the lowest block"]
+        late = moments(of, made[kind], passes_of(problem, 8))["at the lowest block"]
         assert late["gradients"] == made[kind].trained(of) * 4
         both = dataclasses.replace(made[kind], gradients=2)  # a copy waits for the other's
-        late = footprint.moments(of, both, footprint._rows(problem, 8))["at the lowest block"]
+        late = moments(of, both, passes_of(problem, 8))["at the lowest block"]
         first = made[kind].trained(of) * 2 / made[kind].gradient_shards
         assert late["gradients"] == first + made[kind].trained(of) * 4
     cut = choices(problem, does, LISA(), FSDP2(), 8, of)
-    late = footprint.moments(of, cut, footprint._rows(problem, 8))["at the lowest block"]
+    late = moments(of, cut, passes_of(problem, 8))["at the lowest block"]
     assert late["gradients"] == cut.trained(of) * 2 / 8
-    passes = footprint._rows(problem, 8)
+    passes = passes_of(problem, 8)
     assert (passes.rows, passes.lower, passes.upper) == (3, 1, 1)
-    traffic = footprint._traffic(of, made[FSDP2], passes, does)
+    received = traffic(of, made[FSDP2], passes, does)
     one = of.total * 2 * 7 / 8  # bytes; forward and backward of three passes gather them
-    assert traffic["gathered weights"] == pytest.approx(6 * one)
+    assert received["gathered weights"] == pytest.approx(6 * one)
 
 
 ENGINE = ["launcher=deepspeed", "devices=8", "device=h100", *LONG[:2], "problem.dtype=bfloat16"]

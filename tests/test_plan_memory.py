@@ -10,9 +10,10 @@ from bilevel import LISA, Full, InputError, Single, forecast
 from bilevel.blocks import parameter_groups
 from bilevel.footprint import work
 from bilevel.lora import LoRA
-from bilevel.problems.llm_reweight import LLMReweight, footprint, rehearsal, shapes
+from bilevel.problems.llm_reweight import LLMReweight, rehearsal, shapes
 from bilevel.problems.llm_reweight.choices import Choices
-from bilevel.problems.llm_reweight.footprint import Passes
+from bilevel.problems.llm_reweight.moments import activations, moments
+from bilevel.problems.llm_reweight.passes import Passes
 from bilevel.solvers.penalty import f2sa, proximal, scalebio
 from bilevel.storage import fake
 
@@ -177,7 +178,7 @@ def test_a_step_of_34_billion_on_one_card_is_counted():
 def test_a_frozen_block_of_yi_keeps_what_was_counted_once():
     of, made = shapes.shape("yi-34b"), Choices(checkpointing=False)
     counted = 13.7e9 / 1024 / 60  # bytes of a token in a block, by a fake-tensor run of all of it
-    assert footprint.activations(of, made, trained=False) == pytest.approx(counted, rel=0.05)
+    assert activations(of, made, trained=False) == pytest.approx(counted, rel=0.05)
 
 
 def test_copies_are_counted_once():
@@ -227,9 +228,9 @@ TABLE = [
 @pytest.mark.parametrize(("choices", "gigabytes", "tolerance"), TABLE)
 def test_the_arithmetic_gives_the_table_of_34_billion(choices, gigabytes, tolerance):
     of, passes = shapes.shape("yi-34b"), Passes(rows=2, length=1024, lower=1, upper=0)
-    moments = footprint.moments(of, Choices(**choices), passes)
-    moments.pop("in the optimizer's step")  # which the table leaves out
-    found = max(sum(parts.values()) for parts in moments.values()) / 1e9
+    parts = moments(of, Choices(**choices), passes)
+    parts.pop("in the optimizer's step")  # which the table leaves out
+    found = max(sum(part.values()) for part in parts.values()) / 1e9
     assert found == pytest.approx(gigabytes, abs=tolerance)
 
 
@@ -237,7 +238,7 @@ def test_the_arithmetic_gives_the_table_of_34_billion(choices, gigabytes, tolera
 def test_what_stays_is_the_table_less_its_working_memory(choices, gigabytes, tolerance):
     of, passes = shapes.shape("yi-34b"), Passes(rows=2, length=1024, lower=1, upper=0)
     made = Choices(**choices)
-    parts = footprint.moments(of, made, passes)["at the lowest block"]
+    parts = moments(of, made, passes)["at the lowest block"]
     stays = ("weights", "adapters", "master copies and optimizer", "gradients", "context and slack")
     working = 2.4 + 7.4 * made.gathers - made.gathers * bool(made.rank) * 0.4
     found = sum(parts[name] for name in stays) / 1e9 + working

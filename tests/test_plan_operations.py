@@ -12,8 +12,9 @@ from bilevel.blocks import parameter_groups
 from bilevel.footprint import work
 from bilevel.problems.llm_reweight import LLMReweight, footprint, rehearsal, shapes
 from bilevel.problems.llm_reweight.choices import Choices, choices
-from bilevel.problems.llm_reweight.footprint import Passes
 from bilevel.problems.llm_reweight.model import example_losses
+from bilevel.problems.llm_reweight.operations import pass_flops
+from bilevel.problems.llm_reweight.passes import Passes
 from bilevel.solvers.penalty import f2sa2, scalebio
 
 
@@ -73,9 +74,7 @@ def test_operations_are_those_that_torch_counts(memory, again):
     work_ = work(scalebio())
     made = choices(problem, work_, memory or Full(), Single(), 1, of)
     counted = counter.get_total_flops()
-    assert footprint.pass_flops(of, made, passes) * passes.tokens == pytest.approx(
-        counted, rel=1e-3
-    )
+    assert pass_flops(of, made, passes) * passes.tokens == pytest.approx(counted, rel=1e-3)
 
 
 def test_operations_of_yi_are_those_of_the_published_arithmetic():
@@ -91,11 +90,11 @@ def test_operations_of_yi_are_those_of_the_published_arithmetic():
     }
     for (blocks, again), want in cases.items():
         made = Choices(blocks=blocks, checkpointing=again, **whole)
-        assert footprint.pass_flops(of, made, short) / 1e9 == pytest.approx(want, abs=0.06)
+        assert pass_flops(of, made, short) / 1e9 == pytest.approx(want, abs=0.06)
     depths = []
     for gamma in (1, 2, 4):
         frozen = Choices(blocks=gamma, ends=("head",), checkpointing=False, **whole)
         none = dataclasses.replace(frozen, ends=("head", "embedding"))
-        saved = footprint.pass_flops(of, none, short) - footprint.pass_flops(of, frozen, short)
+        saved = pass_flops(of, none, short) - pass_flops(of, frozen, short)
         depths.append(round(1 - saved / (2 * of.matrices * of.blocks), 2))
     assert depths == [0.51, 0.68, 0.81]  # the mean over LISA's draws

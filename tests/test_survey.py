@@ -16,6 +16,8 @@ from bilevel.memory import LISA
 from bilevel.problems.llm_reweight import LLMReweight, footprint, rehearsal
 from bilevel.problems.llm_reweight import survey as module
 from bilevel.problems.llm_reweight.choices import Choices
+from bilevel.problems.llm_reweight.moments import moments
+from bilevel.problems.llm_reweight.passes import Passes
 from bilevel.problems.llm_reweight.survey import padded, survey, table
 from bilevel.solvers.penalty import scalebio
 
@@ -146,11 +148,11 @@ def test_on_a_processor_freed_memory_counts(tmp_path):
     kept = dataclasses.replace(base, keeps=0.5)
     of, passes = (
         footprint._shape(LLMReweight()),
-        footprint.Passes(rows=4, length=9, lower=1, upper=0),
+        Passes(rows=4, length=9, lower=1, upper=0),
     )
     name = "freed memory that malloc keeps"
-    plain = footprint.moments(of, base, passes)["at the head"]
-    more = footprint.moments(of, kept, passes)["at the head"]
+    plain = moments(of, base, passes)["at the head"]
+    more = moments(of, kept, passes)["at the head"]
     passing = ("gradients", "activations", "loss and head")
     assert more.pop(name) == pytest.approx(0.5 * sum(plain[p] for p in passing)) and more == plain
 

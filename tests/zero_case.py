@@ -14,6 +14,9 @@ from bilevel import LISA, Always, Full, LoRA, Problem, Single, processes, solve
 from bilevel.footprint import work
 from bilevel.problems.llm_reweight import LLMReweight, footprint
 from bilevel.problems.llm_reweight.choices import choices
+from bilevel.problems.llm_reweight.host import host_bytes
+from bilevel.problems.llm_reweight.moments import moments
+from bilevel.problems.llm_reweight.passes import passes_of
 from bilevel.solve import start
 from bilevel.solvers.penalty import scalebio
 from bilevel.tree import Part, leaves, size_bytes, whole
@@ -262,8 +265,8 @@ def held_and_planned(memory, dtype, launcher):
     held = dict(zip(BYTES, held_by(state.copies), strict=True))
     shape = footprint._shape(problem)
     made = choices(problem, work(solver, problem.number(does), does), does, launcher, 2, shape, 3)
-    parts = footprint.moments(shape, made, footprint._rows(problem, 2))["at the head"]
-    host = footprint._host(shape, made, 2)
+    parts = moments(shape, made, passes_of(problem, 2))["at the head"]
+    host = host_bytes(shape, made, 2)
     return held, {
         "value": parts["weights"] + parts["adapters"],
         "gradient": parts["gradients"] if made.stays else 0.0,  # the others go with the step
