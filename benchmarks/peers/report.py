@@ -229,7 +229,7 @@ def _plot(rows: list[Row], path: Path) -> None:
             label = f"{peer} {method}"
             style: dict[str, Any] = {"markersize": 4, "label": label, "color": colors[peer]}
             own = [m for p, m in labels if p == peer]
-            style |= {"marker": "osv^D"[own.index(method) % 5]}
+            style |= {"marker": "osv^DPX"[own.index(method) % 7]}
             style |= {"linewidth": 2.2, "zorder": 3} if peer == "ours" else {"linewidth": 1.0}
             axes[0][column].plot(r["cpu"], r["upper"], **style)
             calls = CALLS.get(r["family"].split(",")[0])
