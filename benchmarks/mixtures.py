@@ -28,6 +28,7 @@ from bilevel.problems.llm_reweight import LLMReweight, embedded, verdict
 from bilevel.problems.llm_reweight.baselines import comparison
 from bilevel.problems.llm_reweight.baselines.drawing import draw
 from bilevel.problems.llm_reweight.baselines.lab import search_tokens
+from bilevel.problems.llm_reweight.by_target import weighted
 from bilevel.problems.llm_reweight.journal import Journal
 
 PARTS = ("many", "compare", "grid")
@@ -167,9 +168,14 @@ def grid(options: argparse.Namespace) -> None:
     )
 
 
+def trained(made: LLMReweight, mixture: dict[str, float], seed: int, journal: Journal) -> float:
+    """The loss of a fresh model, from the journal if it is there."""
+    return weighted(made, verdict.kept_losses(made, mixture, seed, journal))
+
+
 def once(made: LLMReweight, mixture: dict[str, float], seed: int, journal: Journal) -> float:
     """A training, told when it is there."""
-    loss = verdict.kept_loss(made, mixture, seed, journal)
+    loss = trained(made, mixture, seed, journal)
     print(f"grid: {list(mixture.values())}, seed {seed}: {loss:.3f}", flush=True)
     return loss
 
@@ -193,7 +199,7 @@ def judged(
 ) -> dict[str, Any]:
     """Weights against the best of the grid, on seeds that did not choose it."""
     fresh = range(FRESH, FRESH + options.fresh)
-    own, other = ([verdict.kept_loss(made, m, s, journal) for s in fresh] for m in (weights, best))
+    own, other = ([trained(made, m, s, journal) for s in fresh] for m in (weights, best))
     regret = verdict.differences(own, other)
     low, high = verdict.interval(regret)
     mean = statistics.fmean(regret)

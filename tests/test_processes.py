@@ -230,7 +230,7 @@ def wait_for(path, team):
 
 @pytest.mark.slow
 def test_a_hanging_process_ends_the_run_in_words(folder, tmp_path):
-    team = start(2, words(folder, tmp_path / "hang", "launcher=ddp", "launcher.timeout=5"))
+    team = start(2, words(folder, tmp_path / "hang", "launcher=ddp", "launcher.timeout=20"))
     wait_for(tmp_path / "hang" / "checkpoints" / "step-00000004", team)
     team[1].send_signal(signal.SIGSTOP)
     _, told = team[0].communicate(timeout=120)

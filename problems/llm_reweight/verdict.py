@@ -123,19 +123,6 @@ def another(problem: LLMReweight, name: str) -> LLMReweight:
     return replace(problem, **(changes or {"model": name}), transfer="")
 
 
-def kept_loss(
-    problem: LLMReweight,
-    mixture: dict[str, float],
-    seed: int,
-    journal: Journal,
-    *,
-    like: Any = None,
-    where: str = "",
-) -> float:
-    """The weighted sum of `kept_losses`."""
-    return weighted(problem, kept_losses(problem, mixture, seed, journal, like=like, where=where))
-
-
 def kept_losses(
     problem: LLMReweight,
     mixture: dict[str, float],
