@@ -30,7 +30,8 @@ class Augmentation(Problem):
     the few training digits, drawn once: `copies` of each. f is on validation digits as they are.
     What a search over hyperparameters needs many trainings for, one run finds: the closing lines
     compare it with a random search. X is a box of sensible values. The learning rate is not among
-    them: where the lower level is solved, y*(x) does not depend on it.
+    them: where the lower level is solved, y*(x) does not depend on it. solver=maid differentiates
+    grid_sample twice, which torch can from 2.13 on.
 
     Reference: Lorraine, Vicol, Duvenaud, Optimizing Millions of Hyperparameters by Implicit
     Differentiation, 2020 (1911.02590).

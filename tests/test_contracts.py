@@ -24,6 +24,10 @@ SMALL: dict[str, dict] = {
 """Options that keep a problem quick here."""
 
 
+LATER = {("augmentation", "maid"): "2.13"}
+"""Pairs that need a newer torch, one where grid_sample can be differentiated twice."""
+
+
 def make(name):
     return plugins.find("problem", name)(**SMALL.get(name, {}))
 
@@ -36,6 +40,8 @@ def test_problem(name):
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_solver_on_problem(problem, solver):
+    if torch.__version__ < (needed := LATER.get((problem, solver), "0")):
+        pytest.skip(f"needs torch {needed}")
     problem, solver = make(problem), plugins.find("solver", solver)()
     if reasons := bilevel.check(problem, solver):
         assert all(len(words) > 20 for words in reasons)  # it says why, and is not run

@@ -49,13 +49,20 @@ def test_what_cannot_run_says_why(scale, tmp_path, monkeypatch):
     words = ["--device", "cpu", "--shapes", "tiny", "--only", "plain full"]
     code, (row,) = rows_of(scale, tmp_path, *words)
     assert code == 1 and row["outcome"] == "failed: ZeroDivisionError: division by zero"
+    big, small = (scale.Case(shape=s, memory="full", plain=False) for s in ("8B", "0.5B"))
+    plans = big.footprint(), small.footprint()
     card = type("Card", (), {"total_memory": 85.0e9})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    big, small = (scale.Case(shape=s, memory="full", plain=False) for s in ("8B", "0.5B"))
-    assert "by plan, and the card has 85.0" in scale.obstacle(big, big.footprint(), "cuda", 1.0)
-    assert scale.obstacle(small, small.footprint(), "cuda", 1.0) == ""
-    assert scale.obstacle(small, small.footprint(), "cuda", 0.0) == "the time was over"
+    assert "by plan, and the card has 85.0" in scale.obstacle(big, plans[0], "cuda", 1.0)
+    assert scale.obstacle(small, plans[1], "cuda", 1.0) == ""
+    assert scale.obstacle(small, plans[1], "cuda", 0.0) == "the time was over"
+
+
+def test_a_row_that_no_plan_allows_leaves_the_others(scale, tmp_path):
+    words = ["--device", "cpu", "--shapes", "tiny", "--only", "bilevel idle"]
+    code, (row,) = rows_of(scale, tmp_path, *words)
+    assert code == 0 and row["outcome"].startswith("not run: memory.gamma must be at most")
 
 
 def test_a_row_that_takes_too_long_is_ended(scale):
