@@ -253,7 +253,8 @@ def test_a_gpu_gets_the_same_numbers_and_keeps_less(offload):
         def loss(self, y, start):
             ids = ((torch.arange(24).view(2, 12) * start) % 64).cuda()
             logits = y(input_ids=ids[:, :-1]).logits.float()
-            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            return loss.cpu()
 
     (_, losses), (moved, found) = (run(There(), o) for o in ("none", offload))
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-2, atol=1e-3)
