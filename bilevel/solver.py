@@ -59,6 +59,7 @@ class State:
             "numbers": dict(self.numbers),
             "counts": dict(self.counts),
             "vectors": {k: [t.detach() for t in v] for k, v in self.vectors.items()},
+            "places": {k: [self._place(t) for t in v] for k, v in self.vectors.items()},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -71,15 +72,38 @@ class State:
         self.upper, self.lower = saved["upper"], saved["lower"]
         self.numbers = dict(saved["numbers"])
         self.counts = dict(saved["counts"])
+        places = saved.get("places", {})
         self.vectors = {
-            k: [self._placed(("vectors", k, i), t) for i, t in enumerate(v)]
+            k: [self._placed(i, t, place) for i, (t, place) in enumerate(pairs)]
             for k, v in saved["vectors"].items()
+            for pairs in [zip(v, places.get(k, [""] * len(v)), strict=True)]
         }
 
-    def _placed(self, keys: Sequence[Any], tensor: Tensor) -> Tensor:
-        """A tensor of a saved state on the device of the leaf that it belongs to."""
-        near = self.like(keys, tensor.shape)
-        return tensor if near is None else tensor.to(near.device)
+    def _devices(self) -> dict[str, torch.device]:
+        return {name: leaves(self.variables[name].value)[0].device for name in "xy"}
+
+    def _place(self, tensor: Tensor) -> str:
+        """What a tensor lies beside: "x", "y", "both", "host", or "" where all is on the CPU."""
+        devices = self._devices()
+        beside = [name for name, device in devices.items() if device == tensor.device]
+        if {d.type for d in devices.values()} == {"cpu"}:
+            return ""
+        return {0: "host", 1: "".join(beside), 2: "both"}[len(beside)]
+
+    def _placed(self, index: int, tensor: Tensor, place: str) -> Tensor:
+        """A saved tensor on the device of what it lay beside; else of the leaf that it is like."""
+        devices = self._devices()
+        if place == "host":
+            return tensor
+        if place in devices:
+            return tensor.to(devices[place])
+        if place == "both" and devices["x"] == devices["y"]:
+            return tensor.to(devices["x"])
+        for name in "yx":
+            own = leaves(self.variables[name].value)
+            if index < len(own) and own[index].shape == tensor.shape:
+                return tensor.to(own[index].device)
+        return tensor
 
     def like(self, keys: Sequence[Any], shape: Sequence[int]) -> Tensor | None:
         """The leaf that a tensor of a saved state is cut up as, by the keys that lead to it."""

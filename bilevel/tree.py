@@ -228,7 +228,7 @@ def dot(a: Value, b: Value) -> Tensor:
     parts = [
         torch.linalg.vecdot(_wide(local(p)).flatten(), _wide(local(q)).flatten()) for p, q in pairs
     ]
-    return _over_shards(parts[0] if len(parts) == 1 else torch.stack(parts).sum(), pairs[0][0])
+    return _over_shards(_column(parts).sum() if parts[1:] else parts[0], pairs[0][0])
 
 
 def norm(value: Value) -> float:
@@ -239,7 +239,7 @@ def norm(value: Value) -> float:
     """
     own = leaves(value)
     parts = [torch.linalg.vector_norm(_wide(local(p.detach()))) for p in own]
-    size = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
+    size = torch.linalg.vector_norm(_column(parts)) if parts[1:] else parts[0]
     return float(_over_shards(size.square(), own[0]).sqrt() if is_sharded(own[0]) else size)
 
 
@@ -252,6 +252,11 @@ class _Call(nn.Module):
 
     def forward(self, *rest: Any) -> Any:
         return self.function(self.value, *rest)
+
+
+def _column(numbers: list[Tensor]) -> Tensor:
+    """Numbers of leaves that may lie on several devices, on that of the first."""
+    return torch.stack([number.to(numbers[0].device) for number in numbers])
 
 
 def _over_shards(number: Tensor, of: Tensor) -> Tensor:
