@@ -50,13 +50,48 @@ def test_what_cannot_run_says_why(scale, tmp_path, monkeypatch):
     code, (row,) = rows_of(scale, tmp_path, *words)
     assert code == 1 and row["outcome"] == "failed: ZeroDivisionError: division by zero"
     big, small = (scale.Case(shape=s, memory="full", plain=False) for s in ("8B", "0.5B"))
-    plans = big.footprint(), small.footprint()
+    away = scale.Case(shape="8B", memory="states 1", plain=False)
+    plans, plan = (big.footprint(), small.footprint()), away.footprint()
     card = type("Card", (), {"total_memory": 85.0e9})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     assert "by plan, and the card has 85.0" in scale.obstacle(big, plans[0], "cuda", 1.0)
     assert scale.obstacle(small, plans[1], "cuda", 1.0) == ""
     assert scale.obstacle(small, plans[1], "cuda", 0.0) == "the time was over"
+    assert "GB of host memory by plan" in scale.obstacle(small, plans[1], "cuda", 1.0, host=1e9)
+    pinned = plan.host["what is away from the device, pinned"]
+    assert scale.obstacle(away, plan, "cuda", 1.0, host=2 * pinned) == ""
+    assert "host memory" in scale.obstacle(away, plan, "cuda", 1.0, host=pinned)
+
+
+def test_what_tells_most_is_run_first_after_what_it_is_compared_with(scale, monkeypatch, tmp_path):
+    seen = []
+
+    def note(case, device, seconds, *, host):
+        seen.append(case.name)
+        return {"case": case.name, "outcome": "run", "seconds": 1.0}
+
+    monkeypatch.setattr(scale, "attempt", note)
+    _, rows = rows_of(scale, tmp_path)
+    assert {f"{c.shape} {c.memory}" for c in scale.CASES} >= {*scale.FIRST}
+    assert sorted(seen) == sorted(c.name for c in scale.CASES if c.shape != "tiny")
+    assert seen[:2] == ["0.5B plain lora 16", "0.5B bilevel lora 16"]
+    assert seen.index("34B bilevel lora 16") < seen.index("3B plain lisa 1")
+    own = [c for c in scale.CASES if not c.plain and c.shape != "tiny" and c.memory in scale.PLAIN]
+    for c in own:
+        assert seen.index(f"{c.shape} plain {c.memory}") < seen.index(c.name)
+    assert [row["case"] for row in rows] == [c.name for c in scale.CASES if c.shape != "tiny"]
+
+
+def test_a_row_leaves_no_memory_behind(scale, monkeypatch):
+    freed = []
+    monkeypatch.setattr(scale, "obstacle", lambda *_, **__: "")
+    monkeypatch.setattr(scale, "measured", lambda *_: 1 / 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("device"))
+    host = "empty_host_cache"
+    monkeypatch.setattr(torch.accelerator, host, lambda: freed.append("host"), raising=False)
+    row = scale.attempt(scale.Case(shape="tiny", memory="full", plain=True), "cuda", 1.0)
+    assert row["outcome"].startswith("failed") and freed == ["device", "host"]
 
 
 def test_a_row_that_no_plan_allows_leaves_the_others(scale, tmp_path):
