@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,6 +17,7 @@ from bilevel.fsdp import DDP, FSDP2
 from bilevel.problems.llm_reweight.model import example_losses, tiny_model
 from bilevel.problems.llm_reweight.placement import Placement
 from bilevel.problems.llm_reweight.tokens import Batch
+from bilevel.run import main
 from bilevel.solvers.penalty import scalebio
 from bilevel.tree import leaves, whole
 
@@ -124,7 +127,7 @@ def scale(monkeypatch):
         ("0.5B", "lora 16", 3),
         ("3B", "lisa 2", 3),
         ("8B", "lisa 1", 18),  # 20 with those before the timed ones
-        ("8B", "lora 16", 18),
+        ("8B", "lora 16", 3),
         ("34B", "lora 16", 3),
     ],
 )
@@ -139,33 +142,45 @@ def test_the_peak_is_as_planned(scale, monkeypatch, shape, memory, steps):
     assert row["measured / planned"] == pytest.approx(1, abs=0.15), row
 
 
-@pytest.mark.parametrize("launcher", ["single", "fsdp2", "ddp", "deepspeed"])
-def test_a_run_goes_on_under_another_launcher(launcher, tmp_path):
-    if launcher == "deepspeed" and find_spec("deepspeed") is None:
-        pytest.skip("needs the package deepspeed")
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A run on two small sources, and the path of one that no other goes on from."""
+    folder = tmp_path_factory.mktemp("launchers")
     for name, text in {"good": "one two three", "bad": "qx zv kw", "target": "one two"}.items():
         lines = [json.dumps({"text": f"{text} {i} " * (1 + i % 3)}) for i in range(20)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    words = ["problem=llm_reweight", f"sources={tmp_path}/good.jsonl {tmp_path}/bad.jsonl"]
-    words += [f"target={tmp_path}/target.jsonl", "solver=scalebio", "warmup=1", "batch=4"]
-    words += ["target_batch=2", "max_length=24", "verdict=false", f"problem.device={DEVICE}"]
-    words += ["dtype=float32", "layers=3", "width=32"]
-    first = start(*words, f"launcher={launcher}", "steps=4", f"out={tmp_path / 'out'}")
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    found = ["problem=llm_reweight", f"sources={folder}/good.jsonl {folder}/bad.jsonl"]
+    found += [f"target={folder}/target.jsonl", "solver=scalebio", "warmup=1", "batch=4"]
+    found += ["target_batch=2", "max_length=24", "verdict=false", f"problem.device={DEVICE}"]
+    found += ["dtype=float32", "layers=3", "width=32"]
+    assert main([*found, "steps=8", f"out={folder / 'whole'}"]) == 0
+    return found, path_of(folder / "whole")
+
+
+@pytest.mark.parametrize("launcher", ["single", "fsdp2", "ddp", "deepspeed"])
+def test_a_run_goes_on_under_another_launcher(launcher, words, tmp_path, capsys):
+    if launcher == "deepspeed" and find_spec("deepspeed") is None:
+        pytest.skip("needs the package deepspeed")
+    words, expected = words
+    out = f"out={tmp_path / 'out'}"
+    first = start(*words, f"launcher={launcher}", "steps=4", out)
     assert first.returncode == 0, first.stderr[-3000:]
-    second = start(*words, "launcher=single", "steps=8", f"out={tmp_path / 'out'}")
-    assert second.returncode == 0, second.stderr[-3000:]
-    assert "going on from" in second.stdout
-    whole = start(*words, "launcher=single", "steps=8", f"out={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    found, expected = (path_of(tmp_path / name) for name in ("out", "whole"))
+    assert main([*words, "launcher=single", "steps=8", out]) == 0
+    assert "going on from" in capsys.readouterr().out
+    found = path_of(tmp_path / "out")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # with Adam's small steps
 
 
 def start(*words):
-    """A run in one process that torchrun starts."""
-    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    command = [sys.executable, *starter, "-m", "bilevel.run", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    """A run in one process with what torchrun tells its processes; torchrun takes as long again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own = os.environ | {name: str(value) for name, value in told.items()}
+    command = [sys.executable, "-m", "bilevel.run", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=own)
 
 
 def path_of(out):
