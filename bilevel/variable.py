@@ -262,7 +262,8 @@ def optimizer_by_name(name: str, lr: float, **options: Any) -> OptimizerFactory:
 
     Raises:
         InputError: If there is no such optimizer (names the nearest), it needs more than a gradient
-            at one point, or the step size is not positive and finite.
+            at one point, or the step size is not positive and finite. The factory raises it for
+            parameters that the optimizer does not take.
 
     >>> make = optimizer_by_name("adamw", 1e-2)
     >>> type(make([torch.zeros(2, requires_grad=True)])).__name__
@@ -286,7 +287,14 @@ def optimizer_by_name(name: str, lr: float, **options: Any) -> OptimizerFactory:
     if not 0 < lr < math.inf:
         raise InputError(f"the step size of {name} must be positive and finite, got lr={lr}.")
     build: Any = kind  # the base class declares no options, every optimizer has its own
-    return lambda parameters: build(parameters, lr=lr, **options)
+
+    def made(parameters: Any) -> torch.optim.Optimizer:
+        try:
+            return build(parameters, lr=lr, **options)
+        except ValueError as error:  # muon takes matrices only
+            raise InputError(f"the optimizer {name} cannot be used here: {error}.") from error
+
+    return made
 
 
 def _elsewhere(name: str) -> type[torch.optim.Optimizer] | None:

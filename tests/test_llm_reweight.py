@@ -248,6 +248,12 @@ def test_a_target_or_test_of_one_row_is_refused_by_name(folder, tmp_path, capsys
     assert f"{part} has 1 row, expected at least 2" in capsys.readouterr().err
 
 
+def test_a_search_that_fails_at_its_first_step_says_why(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "a", "solver=maid") == 1  # the lower loss is not convex
+    assert "failed: " in (told := capsys.readouterr().err) and "Last finite checkpoint" in told
+    assert not (tmp_path / "a" / "weights.json").exists()
+
+
 class Bytes:
     """A tokenizer of one token a byte."""
 

@@ -63,3 +63,8 @@ def test_gather_adds_and_assign_leaves_the_optimizer():
 def test_negative_threads_are_refused():
     with pytest.raises(InputError, match="threads"):
         Single(threads=-3)
+
+
+def test_parameters_that_an_optimizer_does_not_take_are_told():
+    with pytest.raises(InputError, match="muon cannot be used here: .*2D"):
+        Variable("y", torch.zeros(3), optimizer_by_name("muon", 0.1))

@@ -60,7 +60,9 @@ def write(problem: LLMReweight, result: Any, out: Path) -> list[str]:
 
 
 def interim(problem: LLMReweight, result: Any, out: Path) -> None:
-    """Write the weights so far, of a run that goes on or was stopped."""
+    """Write the weights so far, of a run that goes on or was stopped; none before a step."""
+    if not any(one.history for one in result.repeats or (result,)):
+        return
     write_weights(describe(problem, result, out), out)
     write_table(result, out)
 
