@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,7 +131,9 @@ class _GraphCurvature(Curvature):
         self._oracle, self._names = oracle, names
         self._x, self._y = leaves(x), leaves(y)
         problem = oracle.problem
-        with torch.enable_grad(), _tracked([*self._x, *self._y]), twice_differentiable(x, y):
+        # products compute checkpointed blocks again, by the same kernels
+        self._kernels = partial(twice_differentiable, x, y)
+        with torch.enable_grad(), _tracked([*self._x, *self._y]), self._kernels():
             losses = [loss(x, y, part) for part in problem.split(batch)]
             whole = torch.stack([part.reshape(()) for part in losses]).sum()
             found = torch.autograd.grad(whole, self._y, create_graph=True, allow_unused=True)
@@ -152,7 +155,7 @@ class _GraphCurvature(Curvature):
         outputs = [g for g, _ in self._graph]
         seeds = [torch.zeros_like(g, requires_grad=True) for g in outputs]
         result = [torch.zeros_like(p, requires_grad=False) for p in self._y]
-        with torch.enable_grad(), _tracked(self._x):
+        with torch.enable_grad(), _tracked(self._x), self._kernels():
             pulled = outputs and torch.autograd.grad(
                 outputs, self._x, grad_outputs=seeds, create_graph=True, allow_unused=True
             )
@@ -175,7 +178,7 @@ class _GraphCurvature(Curvature):
             return [torch.zeros_like(p) for p in inputs]
         outputs = [g for g, _ in self._graph]
         seeds = [v[i] for _, i in self._graph]
-        with _tracked(inputs):
+        with _tracked(inputs), self._kernels():
             found = torch.autograd.grad(
                 outputs, inputs, grad_outputs=seeds, retain_graph=True, allow_unused=True
             )

@@ -9,6 +9,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import InputError, checkpoint
+from bilevel.oracle import Oracle
+from bilevel.problem import Functions
 from bilevel.problems.llm_reweight import LLMReweight, training, verdict
 from bilevel.problems.llm_reweight.losses import is_direct, token_losses
 from bilevel.problems.llm_reweight.model import load_model, tiny_model
@@ -228,6 +230,23 @@ def test_checkpoints_stop_where_nothing_below_trains():
     token_losses(model, tokens(model)).sum().backward()
     assert model.model.layers[2].mlp.up_proj.weight.grad is not None
     assert calls == {0: 1, 1: 1, 2: 2, 3: 2}
+
+
+def test_a_checkpointed_model_has_the_second_derivatives_of_any_other():
+    plain = make("llama", layers=2)
+    models, ids = [plain, place(clone(plain), Placement(checkpointing=True))], tokens(plain)
+    generator, x = torch.Generator().manual_seed(0), torch.ones(1)
+    v = [torch.randn(p.shape, generator=generator) for p in plain.parameters()]
+
+    def loss(x, y):
+        return (x * token_losses(y, ids).mean()).sum()
+
+    found = []
+    for model in models:
+        bend = Oracle(Functions(loss, loss, x, model), {}).curvature(x, model, None)
+        found.append([*bend.hvp(v), *bend.cross(v), *bend.push([x])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert sum(float(t.abs().sum()) for t in found[0]) > 0
 
 
 def test_a_twin_of_a_checkpointed_model_is_checkpointed():
