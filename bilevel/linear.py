@@ -265,7 +265,7 @@ class Nystrom(LinearSolver):
             raise InputError(f"damping must be positive, got damping={self.damping}.")
 
     def solve(self, matvec: Matvec, b: Vector, start: Vector | None = None) -> LinearResult:
-        flat = flatten(b)
+        flat = _wide(flatten(b))
         rank = min(self.rank, len(flat))
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(len(flat), generator=generator)[:rank].to(flat.device)
@@ -273,14 +273,16 @@ class Nystrom(LinearSolver):
         def column(i: Tensor) -> Tensor:
             unit = torch.zeros_like(flat)
             unit[i] = 1.0
-            return flatten(matvec(unflatten(unit, b)))
+            return _wide(flatten(matvec(unflatten(unit, b))))
 
         c = torch.stack([column(i) for i in chosen], dim=1)
         w = c[chosen]
         inner = self.damping * (w + w.T) / 2 + c.T @ c
-        v = (flat - c @ torch.linalg.lstsq(inner, c.T @ flat, driver="gelsd").solution) / (
-            self.damping
-        )
+        # W may be singular, up to rounding of c; what solves that is in LAPACK, on the CPU
+        least = rank * torch.finfo(flat.dtype).eps
+        both = (t.double().cpu() for t in (inner, c.T @ flat))
+        small = torch.linalg.lstsq(*both, rcond=least, driver="gelsd").solution
+        v = (flat - c @ small.to(flat)) / self.damping
         return LinearResult(
             solution=unflatten(v, b),
             residual=math.nan,
@@ -314,8 +316,8 @@ class Fisher(LinearSolver):
     def solve(self, matvec: Matvec, b: Vector, start: Vector | None = None) -> LinearResult:
         v = b
         if self.rows:
-            flat = flatten(b)
-            g = torch.stack([flatten(row) for row in self.rows])
+            flat = _wide(flatten(b))
+            g = torch.stack([flatten(row).to(flat) for row in self.rows])
             inner = g @ g.T
             inner.diagonal().add_(len(g) * self.damping)
             v = unflatten(flat - g.T @ torch.linalg.solve(inner, g @ flat), b)
@@ -325,6 +327,11 @@ class Fisher(LinearSolver):
             products=0,
             status=LinearStatus.STEPS,
         )
+
+
+def _wide(flat: Tensor) -> Tensor:
+    """In float32, or float64 where it is that."""
+    return flat if flat.dtype == torch.float64 else flat.float()
 
 
 def _zeros(like: Vector) -> Vector:

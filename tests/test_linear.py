@@ -148,6 +148,34 @@ def test_nystrom_of_full_rank_is_the_damped_inverse(system, damping, seed):
     assert (v - exact).norm() <= gap / (damping * (damping + gap)) * b.norm() * (1 + 1e-8) + 1e-10
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [
+        CG(steps=3),
+        MINRES(steps=5),
+        Neumann(lr=0.25, steps=12),
+        Identity(),
+        Nystrom(rank=2, damping=0.5),
+        Nystrom(rank=3, damping=0.5),
+        Fisher(rows=[split(torch.tensor([2.0, 1.0, 0.0]).bfloat16())], damping=0.5),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_vectors_of_half_precision_are_taken(solver):
+    matrix, b = torch.diag(torch.tensor([1.0, 2.0, 4.0])).double(), torch.tensor([3.0, 2.0, 1.0])
+    exact, _ = solved(solver, matrix, b.double())
+    v, _ = solved(solver, matrix.bfloat16(), b.bfloat16())
+    assert v.dtype == torch.bfloat16
+    torch.testing.assert_close(v.double(), exact, rtol=0.05, atol=0.05)  # roundings of 2^-8
+
+
+def test_nystrom_of_a_singular_matrix_leaves_its_null_space():
+    matrix, b = torch.ones(4, 4), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    v, _ = solved(Nystrom(rank=4, damping=0.1), matrix, b)
+    exact = torch.linalg.solve(matrix.double() + 0.1 * torch.eye(4), b.double())
+    torch.testing.assert_close(v.double(), exact, rtol=1e-4, atol=1e-4)
+
+
 def test_cg_stops_at_negative_curvature():
     matrix = torch.diag(torch.tensor([1.0, -1.0])).double()
     _, result = solved(CG(), matrix, torch.tensor([1.0, 2.0]).double())
