@@ -55,10 +55,19 @@ def begin(
     )
 
 
-def descend(problem: Problem, launcher: Launcher, state: State, *, steps: int) -> None:
+def descend(
+    problem: Problem, launcher: Launcher, state: State, *, steps: int, last: Vector | None = None
+) -> None:
     """`steps` steps of y's optimizer on g, each on the stream's next batch; x stays.
 
     Sets `state.lower` and `numbers["lower_gradient"]`, |grad_y g| before the last step.
+
+    Args:
+        problem: Whose lower loss it is.
+        launcher: Runs the backward passes and the steps.
+        state: Whose y moves.
+        steps: Their number.
+        last: Is made to hold copies of grad_y g before the last step, which may use it up.
     """
     x, y = state.variables["x"], state.variables["y"]
     for _ in range(steps):
@@ -72,6 +81,8 @@ def descend(problem: Problem, launcher: Launcher, state: State, *, steps: int) -
         state.counts["lower_grad"] += 1
         state.lower = total
         state.numbers["lower_gradient"] = finite_norm(problem, x, y, batch)
+        if last is not None:
+            last[:] = [g.clone() for g in y.gradient()]
         launcher.step([y])
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from bilevel.problem import Problem
 from bilevel.result import Status
 from bilevel.solver import Solver, State, free_lower, require
 from bilevel.tree import dot, leaves, snapshot
-from bilevel.variable import Variable, optimizer_by_name
+from bilevel.variable import optimizer_by_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +72,8 @@ class SAMA(Solver):
     def step(self, problem: Problem, launcher: Launcher, state: State) -> State:
         x, y = state.variables["x"], state.variables["y"]
         state.memory.before_step(state.step, [y])
-        with _last_gradient(y) as q:
-            descend(problem, launcher, state, steps=self.inner_steps)
+        q: Vector = []
+        descend(problem, launcher, state, steps=self.inner_steps, last=q)
         oracle = Oracle(problem, state.counts)
         upper = oracle.upper(x.value, y.value, next(state.streams["upper"]))
         derivative = DERIVATIVES[self.lower_optimizer.lower()]
@@ -135,18 +134,3 @@ DERIVATIVES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "adamw": _adam,  # its decay does not depend on the gradient
 }
 """du/dq by the name of the optimizer, from it, the leaf and the last gradient of that."""
-
-
-@contextmanager
-def _last_gradient(variable: Variable) -> Iterator[Vector]:
-    """A list that holds, after the block, the gradient of the last step taken in it."""
-    found: Vector = []
-
-    def note(*_: Any) -> None:
-        found[:] = [g.detach().clone() for g in variable.gradient()]
-
-    hook = variable.optimizer.register_step_pre_hook(note)
-    try:
-        yield found
-    finally:
-        hook.remove()

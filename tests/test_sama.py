@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import bilevel
 from bilevel.problems.quadratic import Quadratic
 from bilevel.problems.softmax_mixture import SoftmaxMixture
+from bilevel.solve import start
 from bilevel.solvers.sama import SAMA
 
 quadratics = st.builds(
@@ -75,6 +76,32 @@ def test_the_estimate_on_the_quadratic(problem, alpha, inner):
     assert torch.allclose(
         got, expected, rtol=1e-9, atol=1e-12 * 100 * (1 + float(r.norm()) / alpha)
     )
+
+
+class Half(bilevel.Problem):
+    """y in bfloat16, each entry drawn to x and to a number of its own."""
+
+    def init(self, generator):
+        return torch.ones(1).double(), torch.linspace(-2, 2, 5).bfloat16()
+
+    def lower(self, x, y, batch):
+        return ((y.double() - x).square() * torch.arange(1, 6)).sum()
+
+    def upper(self, x, y, batch):
+        return (y.double() - 3).square().sum()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_float32_masters_hide_no_gradient(name):
+    """They take it from y when the optimizer begins its step."""
+    found = []
+    for precision in ("master", "plain"):
+        solver = SAMA(lower_optimizer=name, lower_lr=1e-2)
+        state = start(Half(), solver, memory=bilevel.Full(precision=precision))
+        state = solver.step(Half(), bilevel.Single(), state)
+        found.append([state.numbers["lower_error"], *state.vectors["v"][0].double().tolist()])
+    assert found[0][0] > 0
+    assert found[0] == pytest.approx(found[1], rel=0.05, abs=1e-6)  # roundings of 2^-8
 
 
 def test_the_difference_is_of_second_order():
