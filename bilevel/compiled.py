@@ -15,6 +15,8 @@ from bilevel.trace import Function, Saved, Stage, Stages, Vector, flattened, spl
 
 OPTIONS = {"cpp_wrapper": True}
 """Of Inductor: the loop itself in C++, too."""
+SINCE = "2.13"
+"""Of torch: in 2.11 Inductor fails at most of these loops, with an assertion of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +243,11 @@ class Compiled:
 def _compiled(function: Callable[..., Vector], given: Vector) -> Callable[..., Any]:
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    if torch.__version__ < SINCE:
+        raise InputError(
+            f"engine=compiled needs torch {SINCE} or newer, this is {torch.__version__}; "
+            "use engine=traced."
+        )
     try:
         graph = make_fx(function, tracing_mode="fake")(*given)
         call: Any = torch._inductor.compile(graph, list(given), options=OPTIONS)

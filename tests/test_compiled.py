@@ -15,12 +15,17 @@ from test_trace import CLOSE, DOUBLE, ROWS, noisy, normal
 import bilevel
 from bilevel import compiled, loops
 from bilevel.compiled import Compiled
+from bilevel.errors import InputError
 from bilevel.linear import CG, LinearStatus
 from bilevel.problems.hypercleaning import Hypercleaning
 from bilevel.problems.quadratic import Quadratic
 from bilevel.solve import start
 from bilevel.solvers.implicit import AID
 from bilevel.solvers.unrolled import ITD
+
+
+inductor = pytest.mark.skipif(torch.__version__ < compiled.SINCE, reason="needs a newer torch")
+"""Marks a test that compiles."""
 
 
 @pytest.fixture
@@ -88,11 +93,13 @@ def test_loops_agree_with_autograd(problem, solver, uncompiled):
     agree(PROBLEMS[problem], SOLVERS[solver])
 
 
+@inductor
 def test_a_compiled_run_agrees():
     agree(PROBLEMS["noisy"], SOLVERS["aid"], steps=2)
 
 
 @pytest.mark.slow
+@inductor
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_compiled_loops_agree_with_autograd(problem, solver):
@@ -199,6 +206,7 @@ def test_options_that_do_not_go_together():
         Compiled(lambda x, s, batch: (s[0].sum(), s), [], [torch.ones(2, device="meta")], None)
 
 
+@inductor
 def test_a_failing_compiler_is_told(monkeypatch):
     def fails(*args, **options):
         raise RuntimeError("no luck\nat all")
@@ -209,6 +217,7 @@ def test_a_failing_compiler_is_told(monkeypatch):
 
 
 @pytest.mark.slow
+@inductor
 def test_a_missing_compiler_is_told(tmp_path):
     own = {"CXX": "no-such-g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     words = ["problem=quadratic", "solver=aid", "solver.engine=compiled", "steps=1"]
@@ -224,9 +233,16 @@ def test_a_missing_compiler_is_told(tmp_path):
 
 
 @pytest.mark.slow
+@inductor
 def test_a_resumed_run_is_the_same(tmp_path):
     problem, solver = Hypercleaning(train=80, validation=40), AID(engine="compiled")
     whole = bilevel.solve(problem, solver, steps=4)
     bilevel.solve(problem, solver, steps=2, checkpoints=tmp_path)
     rest = bilevel.solve(problem, solver, steps=4, checkpoints=tmp_path, resume=True)
     assert torch.equal(whole.x, rest.x) and torch.equal(whole.y, rest.y)
+
+
+def test_an_old_torch_is_told(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0"))
+    with pytest.raises(InputError, match=r"needs torch 2.13 or newer, this is 2\.11\.0"):
+        bilevel.solve(Quadratic(), AID(engine="compiled"), steps=1)

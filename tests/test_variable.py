@@ -66,5 +66,5 @@ def test_negative_threads_are_refused():
 
 
 def test_parameters_that_an_optimizer_does_not_take_are_told():
-    with pytest.raises(InputError, match="muon cannot be used here: .*2D"):
+    with pytest.raises(InputError, match=r"muon cannot be used here: .*2D"):
         Variable("y", torch.zeros(3), optimizer_by_name("muon", 0.1))
