@@ -23,7 +23,6 @@ from bilevel.solve import start
 from bilevel.solvers.implicit import AID
 from bilevel.solvers.unrolled import ITD
 
-
 inductor = pytest.mark.skipif(torch.__version__ < compiled.SINCE, reason="needs a newer torch")
 """Marks a test that compiles."""
 
