@@ -146,6 +146,8 @@ def _filled(
         except ValueError as error:
             faults += error.faults if isinstance(error, InputError) else [f"{kind}: {error}"]
             broken.add(kind)
+    if {"problem", "solver"} <= parts.keys() and not parts["solver"].parallel:
+        parts["problem"] = parts["problem"].precise()
     return names, parts, broken, faults
 
 

@@ -163,6 +163,14 @@ class Problem(ABC):
         """`solver_options`, or others where the problem's own options call for them."""
         return dict(self.solver_options)
 
+    def precise(self) -> Problem:
+        """The problem in full precision where its options leave that open; by default itself.
+
+        A run takes it for solvers that are not `parallel`: those compare values of y close to each
+        other, or take second derivatives.
+        """
+        return self
+
     def solution(self) -> Solution | None:
         """What is known of the answer, None if nothing is."""
         return None

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import InputError, checkpoint
+from bilevel.options import parse
 from bilevel.oracle import Oracle
 from bilevel.problem import Functions
 from bilevel.problems.llm_reweight import LLMReweight, training, verdict
@@ -271,6 +272,24 @@ def test_auto_takes_what_is_there(monkeypatch, gpu, half, options, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: half)
     found = resolve(**options)
     assert (found.device, found.dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["solver=scalebio"], torch.bfloat16),
+        (["solver=vpbgd"], torch.bfloat16),
+        (["solver=darts"], torch.float32),
+        (["solver=aid"], torch.float32),
+        (["solver=aid", "problem.dtype=bfloat16"], torch.bfloat16),
+        (["solver=scalebio", "problem.dtype=float32"], torch.float32),
+    ],
+)
+def test_auto_is_float32_for_solvers_that_compare_close_models(monkeypatch, words, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    options = parse(["problem=llm_reweight", *words])
+    assert options.problem.placement.dtype == expected
 
 
 def test_what_is_not_there_is_told_at_once_and_together(monkeypatch):

@@ -80,7 +80,8 @@ class LLMReweight(Problem):
     micro_batch: int = 0
     """Rows of one forward pass; 0 takes the whole batch. Changes memory, not the result."""
     dtype: placement_module.Dtype = "auto"
-    """Of the model's parameters; auto is bfloat16 on a GPU that computes in it, else float32."""
+    """Of the model's parameters; auto is bfloat16 on a GPU that computes in it, under a solver of
+    the penalty family, else float32."""
     device: placement_module.Device = "auto"
     """Where the model lives; auto takes a GPU if there is one."""
     attention: placement_module.Attention = "auto"
@@ -329,6 +330,10 @@ class LLMReweight(Problem):
         # votes compares every pair at every step; examples are many, and each is drawn rarely
         each = {"upper_optimizer": "adam", "upper_lr": 0.01}
         return each if self.weigh == "examples" else {}
+
+    def precise(self) -> LLMReweight:
+        # of 8 bits by darts a small Llama's gradient of x was a third of that in float32
+        return replace(self, dtype="float32") if self.dtype == "auto" else self
 
     def explain(self, x: Tensor, y: nn.Module, batch: Batch) -> str:
         return not_finite.sentence(self.losses, y, batch)
