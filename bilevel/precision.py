@@ -221,7 +221,8 @@ def _round(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Ten
     bits = round(math.log2(info.eps / torch.finfo(torch.float32).eps))
     lowest = math.frexp(info.tiny)[1]  # below it the spacing is even
     exponent = torch.frexp(exact).exponent.clamp_(min=lowest)
-    spacing = torch.ldexp(torch.full_like(exact, info.eps), exponent - 1)
+    # 2^(exponent - 1) by its bits: torch.ldexp takes a power, which a GPU may round
+    spacing = ((exponent + 126) << 23).view(torch.float32) * info.eps
     noise = torch.randint(
         2**bits, exact.shape, dtype=torch.int32, device=exact.device, generator=generator
     )
