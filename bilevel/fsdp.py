@@ -66,6 +66,7 @@ class _Engine(Together):
         processes.connect(timeout=self.timeout)
 
     def close(self) -> None:
+        self._meshes.clear()  # their processes are gone
         processes.disconnect()
 
     def begin(self, problem: Problem, generator: torch.Generator) -> tuple[Value, Value]:
@@ -178,7 +179,7 @@ class _Engine(Together):
 
         half = any(p.dtype in HALF for p in module.parameters())
         options = {
-            "mesh": self.mesh(device),
+            "mesh": self._mesh(device),
             "reshard_after_forward": True,
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None),
         }
@@ -192,6 +193,17 @@ class _Engine(Together):
         for buffer in module.buffers():
             buffer.data = buffer.to(device)  # parameters the engine has moved
         return module
+
+    def _mesh(self, device: str) -> Any:
+        """The one mesh of a device: each of two dimensions has process groups of its own."""
+        if device not in self._meshes:
+            self._meshes[device] = self.mesh(device)
+        return self._meshes[device]
+
+    @cached_property
+    def _meshes(self) -> dict[str, Any]:
+        """By the type of a device, while the processes are joined."""
+        return {}
 
     @cached_property
     def _sharded(self) -> WeakSet[Any]:

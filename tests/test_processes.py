@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes_case import CASES, LAUNCHERS, STEPS, llm, run, switches
+from processes_case import CASES, LAUNCHERS, STEPS, Tied, llm, run, switches
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -103,6 +103,21 @@ def test_optimizer_states_stay_flat_over_ten_switches(folder):
     assert [h["ddp"] for h in held] == [single, single]
     both = sum(h["fsdp2"][0] for h in held)
     assert single[0] <= both <= 1.001 * single[0]  # every process counts the steps of Adam
+
+
+@pytest.mark.parametrize("kind", [FSDP2, DDP])
+def test_what_is_sharded_is_on_one_mesh_until_the_processes_part(kind, monkeypatch):
+    """Each mesh of two dimensions has process groups of its own, which take memory on a GPU."""
+    made, own = [], kind.mesh
+    monkeypatch.setattr(kind, "mesh", lambda self, device: made.append(device) or own(self, device))
+    launcher = kind()
+    for count in (1, 2):
+        try:
+            memory = bilevel.LISA(gamma=1, period=1)
+            bilevel.solve(Tied(), "scalebio", steps=2, memory=memory, launcher=launcher)
+        finally:
+            launcher.close()
+        assert made == ["cpu"] * count
 
 
 @pytest.mark.parametrize("launcher", [FSDP2(), DDP()], ids=["fsdp2", "ddp"])
