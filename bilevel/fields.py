@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import itertools
 import math
+import numbers
 import shlex
 import textwrap
 import types
@@ -124,8 +126,31 @@ def documentation(kind: type) -> dict[str, str]:
     return found
 
 
+def mistyped(kind: str, options: Any) -> list[str]:
+    """A sentence for each field whose value is not what its annotation says; none for no dataclass.
+
+    Annotations other than numbers, text, booleans, `Literal`, None, abstract classes, and tuples,
+    lists and unions of these are not looked at.
+
+    Args:
+        kind: As in `out_of_range`.
+        options: The dataclass.
+    """
+    if not dataclasses.is_dataclass(options):
+        return []
+    hints = typing.get_type_hints(type(options))
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return [
+        f"{kind}.{name} must be {words}, got {value!r}."
+        for name, value in values.items()
+        if not _is(hints[name], value)
+        for several in [typing.get_origin(hints[name]) in (tuple, list)]
+        for words in ["a tuple or list" if several else describe(hints[name])]
+    ]
+
+
 def out_of_range(kind: str, options: object, **ranges: str) -> list[str]:
-    """A sentence for each field that is not in its range.
+    """A sentence for each field that is not in its range, or of another type than it should be.
 
     Args:
         kind: "problem" or "solver", as on the command line.
@@ -136,11 +161,29 @@ def out_of_range(kind: str, options: object, **ranges: str) -> list[str]:
     >>> out_of_range("problem", SimpleNamespace(rows=0), rows="at least 1")
     ['problem.rows must be at least 1, got 0.']
     """
+    if faults := mistyped(kind, options):
+        return faults
     return [
         f"{kind}.{name} must be {words}, got {getattr(options, name)}."
         for name, words in ranges.items()
         if not RANGES[words](getattr(options, name))
     ]
+
+
+def _is(hint: Any, value: Any) -> bool:
+    """Whether a value is of an annotated type, as far as that is known."""
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str | int) and value in inside
+    if origin in (typing.Union, types.UnionType):
+        return any(_is(part, value) for part in inside)
+    if origin in (tuple, list):
+        return isinstance(value, tuple | list) and all(_is(inside[0], item) for item in value)
+    number = {int: numbers.Integral, float: numbers.Real}.get(hint)
+    if number:  # of numpy too
+        return isinstance(value, number) and not isinstance(value, bool)
+    known = hint in (bool, str, types.NoneType) or inspect.isabstract(hint)
+    return isinstance(value, hint) if known else True
 
 
 def _pick(choices: dict[str, Any], value: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # private name, used by transformers and torch.func too
 
 from bilevel.errors import InputError
+from bilevel.fields import out_of_range
 from bilevel.memory import Memory, MemoryState
 from bilevel.outline import stood_in
 from bilevel.quantized import Quantization, missing, on_the_host, quantize
@@ -54,12 +55,7 @@ class LoRA(Memory):
     or fp4, of the package bitsandbytes (QLoRA)."""
 
     def __post_init__(self) -> None:
-        faults = [
-            f"memory.{name} must be at least 1, got {getattr(self, name)}."
-            for name in ("rank", "alpha")
-            if getattr(self, name) < 1
-        ]
-        if faults:
+        if faults := out_of_range("memory", self, rank="at least 1", alpha="at least 1"):
             raise InputError(faults)
 
     def check(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bilevel.blocks import block_paths, end_paths, falls_apart, parameter_groups
 from bilevel.errors import InputError
+from bilevel.fields import out_of_range
 from bilevel.offload import Offload, Turns
 from bilevel.precision import Precision, with_precision
 from bilevel.stepping import Stepping, apart_faults, with_step
@@ -170,11 +171,9 @@ class LISA(Memory):
     at work; with states also all masters and moments, fetched for one parameter after the other."""
 
     def __post_init__(self) -> None:
-        faults = [
-            f"memory.{name} must be at least 1, got {getattr(self, name)}."
-            for name in ("gamma", "period")
-            if getattr(self, name) < 1
-        ]
+        faults = out_of_range("memory", self, gamma="at least 1", period="at least 1")
+        if faults:
+            raise InputError(faults)
         if self.pool and self.pool < self.gamma:
             faults.append(
                 f"memory.pool must be 0 or at least memory.gamma={self.gamma}, got {self.pool}."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import InputError, NonFiniteError
-from bilevel.fields import out_of_range
+from bilevel.fields import mistyped, out_of_range
 from bilevel.launch import Launcher
 from bilevel.memory import Memory
 from bilevel.problem import Problem, Stream, constrained
@@ -171,6 +171,8 @@ def require(solver: Solver, **ranges: str) -> None:
     Raises:
         InputError: With every fault.
     """
+    if faults := mistyped("solver", solver):
+        raise InputError(faults)
     faults = out_of_range("solver", solver, **ranges)
     own = {f.name for f in fields(solver)} if is_dataclass(solver) else set()
     for slot in ("upper", "lower"):

@@ -5,14 +5,20 @@ import os
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import yaml
 
 from bilevel import fields
 from bilevel.errors import InputError
+from bilevel.lora import LoRA
+from bilevel.memory import LISA
 from bilevel.options import parse
 from bilevel.problems.llm_reweight import LLMReweight
+from bilevel.problems.ridge import Ridge
 from bilevel.run import main
+from bilevel.solvers.implicit import AID
+from bilevel.solvers.penalty import Penalty
 
 QUADRATIC = "problem=quadratic"
 LLM = "problem=llm_reweight"
@@ -256,6 +262,31 @@ def test_fields_of_a_stranger(here, capsys):
 def test_read_refuses(hint, value):
     with pytest.raises(ValueError, match=r"."):
         fields.read(hint, value)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: AID(engine="trace"), "solver.engine must be one of autograd, traced, compiled"),
+        (lambda: AID(linear="cgg"), "solver.linear must be one of cg, .*, got 'cgg'"),
+        (lambda: Penalty(upper_lr="0.1"), "solver.upper_lr must be a number, got '0.1'"),
+        (lambda: Penalty(upper_lr=None), "solver.upper_lr must be a number, got None"),
+        (lambda: Penalty(inner_steps=1.5), "solver.inner_steps must be a whole number, got 1.5"),
+        (lambda: Penalty(inner_steps=True), "solver.inner_steps must be a whole number, got True"),
+        (lambda: LISA(stepping="part"), "memory.stepping must be one of whole, parts, got 'part'"),
+        (lambda: LISA(gamma=1.5), "memory.gamma must be a whole number, got 1.5"),
+        (lambda: LoRA(targets="q_proj"), "memory.targets must be a tuple or list, got 'q_proj'"),
+        (lambda: Ridge(rows="3"), "problem.rows must be a whole number, got '3'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_python_too(make, words):
+    with pytest.raises(InputError, match=words):
+        make()
+
+
+def test_whole_numbers_and_numbers_of_numpy_are_numbers():
+    assert Penalty(upper_lr=1, inner_steps=np.int64(2), lower_lr=np.float32(0.5)).upper_lr == 1
+    assert LoRA(targets=["q_proj"]).targets == ["q_proj"]
 
 
 @pytest.mark.parametrize(
