@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 from records_case import GZIP, ZST, messages, table, written
@@ -280,3 +282,22 @@ def test_records_from_memory():
             read_records("a", given)
     assert read_records("a", rows[:1]).identity == read_records("a", rows[:1]).identity
     assert read_records("a", rows[:1]).sha256 != read_records("a", [{"text": "p"}]).sha256
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_parquet_is_read_without_threads(tmp_path):
+    """Those of pyarrow 26 abort many a process at its end, where torch is loaded too."""
+    file = tmp_path / "a.parquet"
+    file.write_bytes(table([{"text": "a"}]))
+    code = (
+        "import os, sys\n"
+        "from bilevel.problems.llm_reweight.files import parse\n"
+        "import pyarrow.parquet\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "parse(open(sys.argv[1], 'rb').read(), sys.argv[1])\n"
+        "print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, file], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0\n"

@@ -303,7 +303,9 @@ def _parquet(data: bytes, path: str) -> list[Record]:
     except ImportError:
         raise InputError(not_installed(path, "pyarrow", "write it as .jsonl")) from None
     try:
-        rows = parquet.read_table(io.BytesIO(data)).to_pylist()
+        # pyarrow 26: threads that have read from memory may abort the process when it ends
+        file = parquet.ParquetFile(pyarrow.BufferReader(data), pre_buffer=False)
+        rows = file.read(use_threads=False).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         found, fix = f"no readable Parquet data ({reason})", "write the file again"
