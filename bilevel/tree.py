@@ -172,12 +172,25 @@ def structure_faults(name: str, value: Value) -> list[str]:
         where = name if key == "value" else f"{name}{key if key[0] == '[' else '.' + key}"
         if not isinstance(leaf, Tensor):
             faults.append(f"{where} must be a tensor, got {type(leaf).__name__} {leaf!r:.40}.")
+        elif isinstance(leaf, nn.parameter.UninitializedTensorMixin):
+            faults.append(f"{where} has no shape yet; call the module once before.")
+        elif leaf.is_meta:
+            faults.append(f"{where} is on the meta device, without numbers; make it on another.")
         elif leaf.numel() == 0:
             faults.append(f"{where} has no entries, shape {tuple(leaf.shape)}; leave it out.")
         elif not leaf.is_floating_point():
-            faults.append(f"{where} must be floating point, got {leaf.dtype}; use .double().")
+            fix = "torch.view_as_real" if leaf.is_complex() else ".double()"
+            faults.append(f"{where} must be floating point, got {leaf.dtype}; use {fix}.")
         elif not bool(leaf.detach().isfinite().all()):
             faults.append(f"{where} is not finite; choose a finite start.")
+    if not faults and isinstance(value, nn.Module) and not isinstance(value, Part):
+        fixed = [f"{name}.{key}" for key, leaf in own.items() if not leaf.requires_grad]
+        if fixed:
+            more = f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
+            faults.append(
+                f"{', '.join(fixed[:3])}{more} must require gradients, for all parameters of a "
+                "module are trained; make a buffer of what shall stay as it is."
+            )
     if not faults and not isinstance(value, nn.Module):
         for what in ("dtype", "device"):
             kinds = sorted({str(getattr(leaf, what)) for leaf in own.values()})

@@ -35,6 +35,13 @@ def breaking(x, y):
     raise KeyError("weights")
 
 
+def fixed(depth):
+    """A stack of linear layers of which the first does not require gradients."""
+    module = nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth))).double()
+    module[0].requires_grad_(False)
+    return module
+
+
 class Once(torch.autograd.Function):
     """y^2 with a gradient that has no derivative."""
 
@@ -66,6 +73,10 @@ class Once(torch.autograd.Function):
         (Functions(upper, lower, ONE, [ONE, ONE.float()]), "y0 must have one dtype"),
         (Functions(upper, lower, ONE, []), "y0 holds no tensor"),
         (Functions(upper, lower, ONE / 0, ONE), "x0 is not finite"),
+        (Functions(upper, lower, ONE, ONE * 1j), "got torch.complex128; use torch.view_as_real."),
+        (Functions(upper, lower, ONE, fixed(2)), "y0.0.weight, y0.0.bias must require gradients"),
+        (Functions(upper, lower, ONE, nn.LazyLinear(2)), "y0.weight has no shape yet"),
+        (Functions(upper, lower, ONE, nn.Linear(2, 1, bias=False, device="meta")), "meta device"),
         (Functions(upper, lower, {"a": ONE, "b": ONE[:0]}, ONE), "x0['b'] has no entries"),
         (
             Functions(upper, lower, ONE, ONE, project_upper=lambda x: x / 0),
