@@ -19,7 +19,7 @@ from bilevel.plugins import find
 from bilevel.problem import Problem, constrained
 from bilevel.resolve import Lower, resolve
 from bilevel.solver import Solver, State
-from bilevel.tree import Value, clone, dot, flatten, leaves, unflatten
+from bilevel.tree import Value, clone, dot, flatten, leaves, shape_faults, unflatten
 from bilevel.variable import OptimizerFactory, Variable
 
 DENSE = 2000  # entries of y up to which H is formed: 32 MB and seconds
@@ -75,7 +75,8 @@ def hypergradient(
         seed: Of its generator.
 
     Raises:
-        InputError: If the method is unknown or cannot be used on the problem.
+        InputError: If the method is unknown or cannot be used on the problem, or x is not shaped as
+            the problem's.
 
     >>> from bilevel.problems.quadratic import Quadratic
     >>> problem = Quadratic()
@@ -120,6 +121,8 @@ class Estimates:
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self.state: State = solver.init(problem, Full(), self._launcher, generator)
+        if faults := shape_faults("x", x, self.state.variables["x"].value):
+            raise InputError(faults)
         self.state.variables["x"].assign([p.detach() for p in leaves(x)])
         self.seconds = 0.0
 
@@ -226,7 +229,7 @@ def _doubts(
     """What speaks against the number: an unsolved lower level, or other minimizers of it."""
     found = []
     error = abs(float(dot(v, bend.gradient)))
-    if not solved.converged and error > 1e-3 * max(abs(solved.upper), 1e-12):
+    if not solved.converged and not error <= 1e-3 * max(abs(solved.upper), 1e-12):
         found.append(
             f"the lower level is not solved (|grad_y g| = {solved.gradient:.2g}, which puts the "
             f"upper loss off by about {error:.2g}): scale g, or regularize it."
@@ -258,7 +261,7 @@ def _difference(problem: Problem, x: Value) -> Hypergradient:
             f"which is done up to {DIFFERENCES}; use a solver as method."
         )
     first = resolve(problem, x, tolerance=1e-10)
-    spent, worst, value = first.gradients, first.gradient, []
+    spent, worst, value, unsolved = first.gradients, first.gradient, [], not first.converged
     for leaf in leaves(x):
         slope = torch.zeros_like(leaf, requires_grad=False)
         eps = torch.finfo(leaf.dtype).eps ** (1 / 3)
@@ -274,6 +277,7 @@ def _difference(problem: Problem, x: Value) -> Hypergradient:
                         solved = resolve(problem, x, first.y, tolerance=1e-10)
                     ends.append(solved.upper)
                     spent, worst = spent + solved.gradients, max(worst, solved.gradient)
+                    unsolved |= not solved.converged
                 entry.copy_(kept)
                 slope.view(-1)[i] = (ends[0] - ends[1]) / (2 * e)
         value.append(slope)
@@ -283,6 +287,10 @@ def _difference(problem: Problem, x: Value) -> Hypergradient:
         seconds=time.perf_counter() - begun,
         counts={"resolve": spent},
         evidence={"lower_gradient": worst},
+        warnings=[
+            f"the lower level is not solved (|grad_y g| = {worst:.2g}), so that differences of F "
+            "may mean nothing: has it a minimizer, and is it scaled?"
+        ][: int(unsolved)],
     )
 
 

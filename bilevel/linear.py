@@ -103,8 +103,8 @@ class CG(LinearSolver):
             v, r, size = _zeros(b), [t.clone() for t in b], whole
         goal = self.tolerance * whole
         s = self.precondition(r) if self.precondition else r
-        p, rs = s, float(dot(r, s)) if self.precondition else size**2
-        pp, largest = size**2, 0.0
+        p, rs = s, float(dot(r, s)) if self.precondition else size * size
+        pp, largest = size * size, 0.0
         status = LinearStatus.STEPS
         while size > goal and products < self.steps:
             hp = damped(p)
@@ -121,7 +121,7 @@ class CG(LinearSolver):
                 status = LinearStatus.DIVERGED
                 break
             s = self.precondition(r) if self.precondition else r
-            new = float(dot(r, s)) if self.precondition else size**2
+            new = float(dot(r, s)) if self.precondition else size * size
             p, ratio = _plus(s, p, new / rs), new / rs
             pp, rs = new + ratio**2 * pp, new  # |p|^2: r is orthogonal to the previous p
         if size <= goal:

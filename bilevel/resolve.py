@@ -10,7 +10,16 @@ from bilevel.errors import InputError
 from bilevel.linear import CG, LinearStatus, norm
 from bilevel.oracle import Oracle, Vector
 from bilevel.problem import Problem, constrained
-from bilevel.tree import Value, clone, flatten, leaves, map_leaves, snapshot, unflatten
+from bilevel.tree import (
+    Value,
+    clone,
+    flatten,
+    leaves,
+    map_leaves,
+    shape_faults,
+    snapshot,
+    unflatten,
+)
 
 POLISH = 5  # Newton steps after L-BFGS, which alone stops near the square root of the precision
 
@@ -63,7 +72,8 @@ def resolve(
         steps: Most iterations.
 
     Raises:
-        InputError: If the lower loss or its gradient is not finite at the start.
+        InputError: If the lower loss or its gradient is not finite at the start; without a `y` also
+            if x is not shaped as the problem's.
 
     >>> from bilevel.problems.quadratic import Quadratic
     >>> problem = Quadratic()
@@ -75,7 +85,9 @@ def resolve(
     O'Donoghue and Candes, 2015.
     """
     if y is None:
-        y = problem.init(torch.Generator().manual_seed(0))[1]
+        like, y = problem.init(torch.Generator().manual_seed(0))
+        if faults := shape_faults("x", x, like):
+            raise InputError(faults)
     y = clone(y)
     upper_batch, batch = problem.whole()
     oracle = Oracle(problem, {})

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree  # private name, used by transformers and torch.func too
 
 Value: TypeAlias = Any
@@ -172,7 +173,7 @@ def structure_faults(name: str, value: Value) -> list[str]:
         where = name if key == "value" else f"{name}{key if key[0] == '[' else '.' + key}"
         if not isinstance(leaf, Tensor):
             faults.append(f"{where} must be a tensor, got {type(leaf).__name__} {leaf!r:.40}.")
-        elif isinstance(leaf, nn.parameter.UninitializedTensorMixin):
+        elif is_lazy(leaf):
             faults.append(f"{where} has no shape yet; call the module once before.")
         elif leaf.is_meta:
             faults.append(f"{where} is on the meta device, without numbers; make it on another.")
@@ -197,6 +198,25 @@ def structure_faults(name: str, value: Value) -> list[str]:
             if len(kinds) > 1:
                 faults.append(f"{name} must have one {what}, got {', '.join(kinds)}.")
     return faults
+
+
+def shape_faults(name: str, value: Value, like: Value) -> list[str]:
+    """Why a value cannot stand where `like` does, as sentences: names and shapes must be the same.
+
+    >>> shape_faults("x", torch.zeros(3), torch.zeros(()))
+    ["x must be shaped as the problem's start, value (), got value (3,)."]
+    """
+    own, other = (
+        {k: tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for k, p in pairs.items()}
+        for pairs in (named_leaves(value), named_leaves(like))
+    )
+    if own == other:
+        return []
+    came, due = (
+        ", ".join(f"{k} {shape}" for k, shape in pairs.items() if against.get(k) != shape)
+        for pairs, against in ((own, other), (other, own))
+    )
+    return [f"{name} must be shaped as the problem's start, {due or 'less'}, got {came or 'less'}."]
 
 
 def local(tensor: Tensor) -> Tensor:

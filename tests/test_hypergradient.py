@@ -238,3 +238,36 @@ def test_a_start_that_is_not_finite_is_refused():
 def test_a_result_shows_its_evidence():
     result = bilevel.solve(Quadratic(), "aid", steps=3)
     assert "lower_gradient" in repr(result) and result.evidence["linear_residual"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("x", "came"),
+    [
+        (torch.zeros(3), r"value \(\), got value \(3,\)"),
+        ({"a": torch.zeros(())}, r"value \(\), got \['a'\] \(\)"),
+        (0.5, r"value \(\), got value float"),
+    ],
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        resolve,
+        hypergradient,
+        lambda problem, x: hypergradient(problem, x, method="aid"),
+        lambda problem, x: compare(problem, ["aid"], x=x),
+    ],
+)
+def test_an_upper_variable_of_another_shape_is_refused(call, x, came):
+    zero = torch.zeros((), dtype=torch.float64)
+    problem = Functions(lambda x, y: (y - 1) ** 2, lambda x, y: (y - x) ** 2, zero, zero)
+    with pytest.raises(InputError, match=f"x must be shaped as the problem's start, {came}"):
+        call(problem, x)
+
+
+@pytest.mark.parametrize("method", ["exact", "difference"])
+def test_a_lower_level_without_a_minimum_is_said(method):
+    """Descent on it ends where squares of its numbers overflow."""
+    zero = torch.zeros((), dtype=torch.float64)
+    problem = Functions(lambda x, y: (y - 1) ** 2, lambda x, y: -((y - x) ** 2), zero, zero)
+    found = hypergradient(problem, zero, method=method)
+    assert any("not convex" in words or "is not solved" in words for words in found.warnings)
