@@ -234,6 +234,14 @@ def test_it_is_traced_once(monkeypatch):
     assert len(made) == 1
 
 
+def test_data_made_at_the_first_call_are_not_made_within_the_trace():
+    """Tensors of a trace would stay in the problem and break all that is done with it later."""
+    problem = Quadratic(data_seed=11)  # of which nothing is cached yet
+    found = [bilevel.solve(problem, AID(engine=e), steps=2).x for e in ("traced", "autograd")]
+    assert type(problem.solution().x) is torch.Tensor
+    torch.testing.assert_close(*found, **CLOSE)
+
+
 def test_batches_of_ever_new_shapes_are_refused():
     problem = noisy()
     problem.grows = 4
