@@ -116,7 +116,7 @@ class Compiled:
         def step(held: Vector, fixed: Vector) -> Vector:
             own, lr, env = self._upright(held), fixed[0], _env(nodes, fixed[1:])
             found = stages.values(env | _env(stages.s, own))
-            return _held([p - lr * g for p, g in zip(own, found, strict=True)])
+            return _held([p - lr.to(p.dtype) * g for p, g in zip(own, found, strict=True)])
 
         def descent(numbers: Vector, s: Vector, known: Vector) -> Vector:
             end = repeat(step, numbers[0], _held(s), [numbers[1], *known])

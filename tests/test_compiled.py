@@ -99,6 +99,24 @@ def test_a_compiled_run_agrees():
 
 @pytest.mark.slow
 @inductor
+def test_a_single_number_keeps_its_precision():
+    """A loop must return tensors of the types that it takes."""
+    zero = torch.zeros(())
+    problem = bilevel.Functions(
+        lambda x, y: (y["a"] - 1) ** 2 + y["b"].sum() * x,
+        lambda x, y: (y["a"] - x) ** 2 + (y["b"] - x).square().sum(),
+        zero,
+        {"a": zero, "b": torch.zeros(2)},
+    )
+    solver = AID(lower_lr=0.05, inner_steps=3, engine="compiled")
+    found = bilevel.solve(problem, solver, steps=3)
+    eager = bilevel.solve(problem, replace(solver, engine="autograd"), steps=3)
+    assert found.y["a"].dtype == torch.float32
+    torch.testing.assert_close((found.x, found.y), (eager.x, eager.y))
+
+
+@pytest.mark.slow
+@inductor
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_compiled_loops_agree_with_autograd(problem, solver):
