@@ -4,10 +4,17 @@ import hypothesis
 import pytest
 import torch
 
+from bilevel import plugins
+
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 hypothesis.settings.register_profile("bilevel", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("bilevel")
+
+
+def pytest_sessionstart():
+    if not plugins.names("solver"):  # many tests would be skipped for want of parameters
+        pytest.exit("bilevel is on the path but not installed: pip install -e .", returncode=4)
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,13 @@ import gzip
 import io
 import json
 
-import pyarrow
-import zstandard
-from pyarrow import parquet
+import pytest
 
 from bilevel.problems.llm_reweight.templates import Style, named, write
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+zstandard = pytest.importorskip("zstandard")
 
 OK = '{"text": "a"}\n'
 GZIP = gzip.compress(OK.encode(), mtime=0)

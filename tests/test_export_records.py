@@ -5,7 +5,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 import yaml
@@ -18,6 +17,8 @@ from bilevel.problems.llm_reweight.exports import TOOLS, originals
 from bilevel.problems.llm_reweight.exports import source as source_module
 from bilevel.problems.llm_reweight.formats import Reading
 from bilevel.problems.llm_reweight.records import read_source
+
+jsonschema = pytest.importorskip("jsonschema")
 
 SCHEMA = json.loads(Path(output.__file__).with_name("weights.schema.json").read_text())
 

@@ -7,7 +7,6 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-import jsonschema
 import pytest
 import yaml
 from hypothesis import given
@@ -19,6 +18,8 @@ from bilevel import export
 from bilevel.problems.llm_reweight import LLMReweight, output, paths, spread
 from bilevel.problems.llm_reweight.records import name_paths
 from bilevel.run import main
+
+jsonschema = pytest.importorskip("jsonschema")
 
 SCHEMA = json.loads(Path(output.__file__).with_name("weights.schema.json").read_text())
 SIZES = {"sea": 30, "law": 45, "food": 12}

@@ -7,7 +7,6 @@ import json
 import random
 from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 from scipy import stats
@@ -17,6 +16,8 @@ from bilevel.problems.llm_reweight.baselines import drawing
 from bilevel.problems.llm_reweight.model import example_losses
 from bilevel.problems.llm_reweight.tokens import collate
 from bilevel.run import main
+
+jsonschema = pytest.importorskip("jsonschema")
 
 SCHEMA = json.loads(Path(output.__file__).with_name("weights.schema.json").read_text())
 NAMES = ("math", "<i>a|b")
