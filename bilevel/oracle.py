@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bilevel.errors import InputError
 from bilevel.problem import Problem
 from bilevel.tree import Value, leaves
 from bilevel.variable import is_module
@@ -247,7 +248,17 @@ def twice_differentiable(x: Value, y: Value) -> AbstractContextManager[Any]:
     """Within the block attention uses a kernel that has second derivatives (torch 2.13).
 
     Only where x or y is a module: entering it costs as much as a small gradient.
+
+    Raises:
+        InputError: If a model of transformers takes a kernel that is not torch's own.
     """
+    for value in (x, y):
+        named = str(getattr(getattr(value, "config", None), "_attn_implementation", ""))
+        if "flash" in named:  # its backward pass is a constant to autograd, without an error
+            raise InputError(
+                f"the attention of {type(value).__name__}, {named}, has no second derivatives; use "
+                "a solver of first order, or problem.attention=sdpa."
+            )
     return sdpa_kernel(SDPBackend.MATH) if is_module(x) or is_module(y) else nullcontext()
 
 

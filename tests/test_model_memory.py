@@ -250,6 +250,14 @@ def test_a_checkpointed_model_has_the_second_derivatives_of_any_other():
     assert sum(float(t.abs().sum()) for t in found[0]) > 0
 
 
+def test_attention_without_second_derivatives_is_told():
+    model, x = make("llama", layers=1), torch.ones(1)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    problem = Functions(lambda x, y: x.sum(), lambda x, y: x.sum(), x, model)
+    with pytest.raises(InputError, match=r"flash_attention_2, has no second derivatives; use"):
+        Oracle(problem, {}).curvature(x, model, None)
+
+
 def test_a_twin_of_a_checkpointed_model_is_checkpointed():
     model = place(make("llama"), Placement(checkpointing=True))
     ids = tokens(model)
