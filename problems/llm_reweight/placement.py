@@ -46,7 +46,9 @@ def resolve(
             "problem.device=cuda, but torch finds no such device; install a build of torch for "
             "CUDA and its driver, or use problem.device=auto."
         )
-    half = where == "cuda" and not faults and torch.cuda.is_bf16_supported()
+    half = (
+        where == "cuda" and not faults and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     number = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and half) else torch.float32
     if attention == "flash_attention_2":
         faults += _no_flash(where, number)
