@@ -128,10 +128,8 @@ def here() -> Card:
             kind="cpu",
             half=False,
         )
-    shown, half = (
-        torch.cuda.get_device_name(),
-        torch.cuda.is_bf16_supported(including_emulation=False),
-    )
+    shown = torch.cuda.get_device_name()
+    half = torch.cuda.is_bf16_supported(including_emulation=False)
     usable = float(torch.cuda.get_device_properties(0).total_memory)
     words = f"this machine's {shown}: its memory as CUDA gives it"
     known = [card for name, card in CARDS.items() if name.partition("-")[0] in shown.lower()]

@@ -17,6 +17,13 @@ def pytest_sessionstart():
         pytest.exit("bilevel is on the path but not installed: pip install -e .", returncode=4)
 
 
+def pytest_collection_modifyitems(items):
+    """Machines with GPUs have packages, drivers and hosts of their own, which warn of theirs."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
