@@ -189,6 +189,7 @@ class _Engine(Together):
                 group: Any = part
                 group.set_gradient_divide_factor(1.0)  # losses are shares of a sum
                 group.set_force_sum_reduction_for_comms(True)  # gloo has no other
+                _share_streams(group, self._streams)
                 self._sharded.add(group)
         for buffer in module.buffers():
             buffer.data = buffer.to(device)  # parameters the engine has moved
@@ -203,6 +204,11 @@ class _Engine(Together):
     @cached_property
     def _meshes(self) -> dict[str, Any]:
         """By the type of a device, while the processes are joined."""
+        return {}
+
+    @cached_property
+    def _streams(self) -> dict[tuple[str, str], Any]:
+        """What all groups of a device communicate on, by its type and the engine's name."""
         return {}
 
     @cached_property
@@ -253,6 +259,26 @@ class DDP(_Engine):
 
         names = ("replicate", "shard")
         return init_device_mesh(device, (processes.count(), 1), mesh_dim_names=names)
+
+
+def _share_streams(group: Any, streams: dict[tuple[str, str], Any]) -> None:
+    """Let a group communicate on the streams of those before it.
+
+    The engine gives streams of its own to every module that is not inside another, as each unit is
+    of a copy that shares some; and a GPU's allocator keeps what was freed on a stream for that
+    stream. `torch.distributed.fsdp.share_comm_ctx` also shares the order of the passes, by which
+    the engine fetches ahead; that is of one module, and mixed up by another's backward pass.
+    """
+    context = group._get_fsdp_state()._comm_ctx
+    own = context.lazy_init
+
+    def lazy_init(device: torch.device) -> None:
+        own(device)
+        for name in [name for name in vars(context) if name.endswith("_stream")]:
+            shared = streams.setdefault((device.type, name), getattr(context, name))
+            setattr(context, name, shared)
+
+    context.lazy_init = lazy_init
 
 
 def _fill(module: nn.Module, source: nn.Module, wanted: Callable[[str], bool]) -> None:

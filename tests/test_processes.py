@@ -120,6 +120,32 @@ def test_what_is_sharded_is_on_one_mesh_until_the_processes_part(kind, monkeypat
         assert made == ["cpu"] * count
 
 
+@pytest.mark.parametrize("kind", [FSDP2, DDP])
+def test_all_groups_communicate_on_the_same_streams(kind):
+    """What a GPU's allocator frees on one stream it does not use for another."""
+    launcher, contexts, streams = kind(), set(), {}
+
+    def look(state, record):
+        for group in launcher._sharded:
+            context = group._get_fsdp_state()._comm_ctx
+            contexts.add(id(context))
+            for name, stream in vars(context).items():
+                if name.endswith("_stream"):
+                    streams.setdefault(name, []).append(stream)
+
+    try:
+        memory = bilevel.LISA(gamma=1, period=1)  # copies of units that are not inside one module
+        bilevel.solve(
+            Tied(), "scalebio", steps=3, memory=memory, launcher=launcher, callbacks=[look]
+        )
+    finally:
+        launcher.close()
+    assert len(contexts) > 1  # else there is nothing to share
+    assert {"all_gather_stream", "reduce_scatter_stream"} <= set(streams)
+    for name, own in streams.items():
+        assert len({id(stream) for stream in own}) == 1, name
+
+
 @pytest.mark.parametrize("launcher", [FSDP2(), DDP()], ids=["fsdp2", "ddp"])
 def test_one_process_under_an_engine_is_one_process(folder, single, launcher):
     try:
