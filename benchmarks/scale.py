@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=[*SHAPES][1:])
     parser.add_argument("--only", default="", help="text that the name of a row must have")
     parser.add_argument("--seconds", type=float, default=540.0, help="for all rows")
-    parser.add_argument("--row-seconds", type=float, default=150.0, help="for one row")
+    parser.add_argument("--row-seconds", type=float, default=200.0, help="for one row")
     parser.add_argument("--host", type=float, default=110.0, help="GB of host memory for a row")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder")
     options = parser.parse_args(arguments)
