@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,9 @@ def save(
         fingerprint: What a run must share with this one to continue from it.
         keep: How many checkpoints stay.
         main: Whether this process writes what all hold alike; all must call this.
+
+    Raises:
+        OSError: If the folder cannot be written.
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _encode(state, tensors)
@@ -69,7 +73,7 @@ def save(
     if any(map(is_sharded, tensors.values())):
         _save_sharded(tensors, partial)
     elif main:
-        save_file(tensors, partial / "tensors.safetensors")
+        _save_whole(tensors, partial / "tensors.safetensors")
     if not main:
         return final
     files = _digests(sorted(partial.iterdir()))
@@ -85,6 +89,16 @@ def save(
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _save_whole(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # holds the system's number in words alone
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import shlex
@@ -35,6 +36,9 @@ from bilevel.tracking import Watch
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and what schedulers send before they take a machine away."""
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""A full or failing disk, as the system says it."""
 
 TIME = "%Y-%m-%d %H:%M:%S"
 """Of a line of the log."""
@@ -134,21 +138,31 @@ def _searches(options: Options, out: Path, state: State | None, words: list[str]
         print("\n".join(options.problem.finish(result, out)))
     except KeyboardInterrupt:
         if launcher.is_main:
-            print(_interrupted(launcher, out, folder, words), file=sys.stderr)
+            at, again = _kept(launcher, out, folder, words)
+            print(f"interrupted; saved at {at}. Go on with:\n  {again}", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        at, again = _kept(launcher, out, folder, words)
+        print(
+            f"failed: out={out} cannot be written: {error.strerror}. The last checkpoint is of "
+            f"{at}; make room, and go on with:\n  {again}",
+            file=sys.stderr,
+        )
+        return 1
     print(f"written to {out}")
     return 0
 
 
-def _interrupted(launcher: Launcher, out: Path, folder: Path, words: list[str]) -> str:
-    """What to say after Ctrl-C: which step was saved, and how to go on."""
+def _kept(launcher: Launcher, out: Path, folder: Path, words: list[str]) -> tuple[str, str]:
+    """Which step was saved of a run that ends early, and the command to go on with."""
     step = checkpoint.step_of(checkpoint.latest(folder / "checkpoints"))
     at = f"step {step}" + (f" of {folder.name}" if folder != out else "")
     same = [w for w in words if not w.removeprefix("--").startswith("out=")]
     count = launcher.world_size
     starter = ["python"] if count == 1 else ["torchrun", f"--nproc-per-node={count}"]
-    again = shlex.join([*starter, "-m", "bilevel.run", *same, f"out={out}"])
-    return f"interrupted; saved at {at}. Go on with:\n  {again}"
+    return at, shlex.join([*starter, "-m", "bilevel.run", *same, f"out={out}"])
 
 
 def _search(

@@ -245,6 +245,36 @@ def all_finite(folder):
     return bool(found) and all(t.isfinite().all() for tensors in found for t in tensors.values())
 
 
+@contextlib.contextmanager
+def files_up_to(size):
+    """Within the block the system refuses larger files, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_with_the_way_on(tmp_path, capsys):
+    words = "steps=150", "checkpoint_every=10"
+    with files_up_to(16_000):
+        assert run(*words, f"out={tmp_path / 'a'}") == 1
+    told = capsys.readouterr().err
+    assert "cannot be written: File too large. The last checkpoint is of step" in told
+    again = shlex.split(told.splitlines()[-1])
+    assert again[:3] == ["python", "-m", "bilevel.run"] and main(again[3:]) == 0
+    assert run(*words, f"out={tmp_path / 'b'}") == 0
+    ends = [(tmp_path / name / "trajectory.jsonl").read_text() for name in "ab"]
+    assert ends[0] == ends[1]
+
+
+def test_tensors_that_cannot_be_written_are_an_error_of_the_system(tmp_path):
+    with files_up_to(100), pytest.raises(OSError, match="File too large"):
+        checkpoint.save(tmp_path, {"step": 1, "x": torch.zeros(500)}, fingerprint={})
+
+
 def test_a_used_folder_is_not_written_over(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("precious")
     assert run(f"out={tmp_path}") == 2
