@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import shutil
 import textwrap
 import typing
@@ -205,6 +206,8 @@ def _config(path: Path, faults: list[str]) -> Pairs:
     if not isinstance(body, dict):
         faults.append(f"config={path} must be a mapping of keys, got {type(body).__name__}.")
         return []
+    if body.get("out") and (path.parent / "fingerprint.json").exists():
+        body["out"] = os.path.abspath(path.parent)  # of a run, wherever that was moved to
     pairs: Pairs = []
     for key, value in body.items():
         if key in KINDS and isinstance(value, dict):

@@ -380,6 +380,15 @@ def test_the_config_holds_from_any_folder(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "a b" / "trajectory.jsonl").read_text().splitlines()) == 6
 
 
+def test_a_folder_that_was_moved_goes_on_where_it_is(tmp_path, capsys):
+    assert run("steps=4", f"out={tmp_path / 'a'}") == 0
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert main([f"config={tmp_path / 'b' / 'config.yaml'}", "steps=6"]) == 0
+    assert "going on from" in capsys.readouterr().out and not (tmp_path / "a").exists()
+    assert main([f"config={tmp_path / 'b' / 'config.yaml'}", f"out={tmp_path / 'c'}"]) == 0
+    assert (tmp_path / "c" / "result.json").exists()
+
+
 def test_the_config_of_an_engine_is_kept_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = parse(["problem=quadratic", "out=a"])
