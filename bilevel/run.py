@@ -103,7 +103,7 @@ def _run(options: Options, words: list[str]) -> int:
         memory=options.memory,
         launcher=launcher,
     )
-    out = Path(processes.on_main(lambda: str(claim(out, options, words)), launcher.told))
+    out = Path(processes.on_main(lambda: str(claim(_free(out), options, words)), launcher.told))
     if planned:
         checkpoint.replace_text(out / "plan.json", json.dumps(plan.as_dict(planned), indent=1))
     with _logged(out / "log.txt") if launcher.is_main else nullcontext():
@@ -287,6 +287,15 @@ def _logged(path: Path) -> Iterator[None]:
         finally:
             for logger in loggers:
                 logger.removeHandler(handler)
+
+
+def _free(out: Path) -> Path:
+    """The folder, if no other run is at work in it, whose files would be written over."""
+    log = out / "log.txt"
+    if log.exists():
+        with log.open("a", encoding="utf-8") as file:
+            _lock(file)
+    return out
 
 
 def _lock(file: TextIO) -> None:

@@ -285,6 +285,18 @@ def test_a_used_folder_is_not_written_over(tmp_path, capsys):
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
+def test_a_folder_in_use_stays_as_it_is(tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "a"
+    assert run("steps=4", f"out={out}") == 0
+    before = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    with (out / "log.txt").open("a") as held:  # as by the run that is at work there
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run("steps=6", f"out={out}") == 2
+    assert f"out={out} is in use by another run; choose another." in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
+
+
 def test_damaged_checkpoints_are_refused(tmp_path, capsys):
     out = tmp_path / "a"
     assert run("steps=5", f"out={out}") == 0
