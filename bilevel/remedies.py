@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 from bilevel import cards, forecast
 from bilevel.errors import InputError
@@ -13,35 +14,66 @@ SHOWN = 4
 MOST = 64
 """Devices that are tried as a remedy."""
 
+Change: TypeAlias = tuple[str, ...]
+"""Words of a command line that take the place of others."""
 
-def remedies(plan: Plan) -> list[tuple[tuple[str, ...], float]]:
+
+def remedies(plan: Plan) -> list[tuple[Change, float]]:
     """Changes of the command line that make it fit, with the bytes then needed, cheapest first.
 
-    Each is tried alone; where none is enough, they are added up until they are.
+    Options are tried alone; where none is enough, they are added up until they are. Then more
+    devices and larger cards are tried alone, and where nothing has helped on top of all options.
     """
-    found = []
-    sum_of: tuple[str, ...] = ()
-    least = plan.footprint.total
-    for change in _changes(plan):
-        alone = _tried(plan.words, change)
-        if alone is not None and alone.fits:
-            found.append((change, alone.footprint.total))
-    if found:
-        return found[:SHOWN]
-    for change in _changes(plan):
+    own, bought = plan.footprint.remedies, tuple(_bought(plan))
+    sum_of: Change = ()
+    found = _alone(plan, own)
+    if not found:
+        sum_of, fits = _added(plan, own)
+        found = [fits] if fits else []
+    found += _alone(plan, bought)
+    if not found:
+        fits = _added(plan, bought, sum_of)[1]
+        found = [fits] if fits else []
+    return found[:SHOWN]
+
+
+def _alone(plan: Plan, changes: Iterable[Change]) -> list[tuple[Change, float]]:
+    """The changes that are enough by themselves."""
+    tried = [(change, _tried(plan.words, change)) for change in changes]
+    return [(change, made.footprint.total) for change, made in tried if made and made.fits]
+
+
+def _added(
+    plan: Plan, changes: Iterable[Change], sum_of: Change = ()
+) -> tuple[Change, tuple[Change, float] | None]:
+    """The changes that lower what is needed, added up, and as few of them as are enough, if any."""
+    start = _tried(plan.words, sum_of) or plan
+    least = start.footprint.total
+    for change in changes:
         both = _tried(_changed(plan.words, sum_of), change)
         if both is None or both.footprint.total >= least:
             continue
-        sum_of = _changed(sum_of, change)
-        least = both.footprint.total
+        sum_of, least = _changed(sum_of, change), both.footprint.total
         if both.fits:
-            return [(sum_of, least)]
-    return []
+            return sum_of, _least(plan, sum_of)
+    return sum_of, None
 
 
-def _changes(plan: Plan) -> Iterator[tuple[str, ...]]:
-    """What may be changed: options of the problem, then more devices, then another card."""
-    yield from plan.footprint.remedies
+def _least(plan: Plan, change: Change) -> tuple[Change, float]:
+    """A change that is enough, without the words that it does not need."""
+    kept = change
+    for word in change:
+        fewer = tuple(w for w in kept if w != word)
+        made = _tried(plan.words, fewer)
+        if made is not None and made.fits:
+            kept = fewer
+    made = _tried(plan.words, kept)
+    assert made is not None
+    return kept, made.footprint.total
+
+
+def _bought(plan: Plan) -> Iterator[Change]:
+    """More devices, then another card."""
     devices = plan.machine.devices
     if devices > 1:
         yield ("launcher=fsdp2",)

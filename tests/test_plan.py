@@ -1,5 +1,6 @@
 """The planner on the command line: what it says, its exit codes, and what it refuses."""
 
+import contextlib
 import dataclasses
 import json
 import resource
@@ -58,6 +59,21 @@ def test_what_would_fit_does_fit(capsys):
         assert made.fits
         totals.append(made.footprint.total == pytest.approx(remedy["total"]))
     assert all(totals)
+
+
+def test_options_are_added_up_before_devices_are_bought():
+    """One card holds 34 billion numbers in four bits, 32 what training all of them needs."""
+    words = ["problem=llm_reweight", "problem.model=yi-34b", "device=a40"]
+    found = remedies.remedies(forecast.make(words))
+    change, total = found[0]
+    assert not any(word.startswith(("devices=", "device=", "launcher=")) for word in change)
+    made = forecast.make([*words, *change])
+    assert made.fits and made.footprint.total == total
+    assert any("devices=32" in change for change, _ in found)
+    for word in change:  # none of them is idle
+        fewer = [*words, *(w for w in change if w != word)]
+        with contextlib.suppress(InputError):
+            assert not forecast.make(fewer).fits
 
 
 def test_options_of_a_replaced_part_go_with_it():
