@@ -345,7 +345,7 @@ def _forward(steps: _Steps, s: Vector, first: int) -> tuple[Vector, Vector]:
     slopes = [sum((z * g).sum() for z, g in zip(tangent, r, strict=False)) for tangent in tangents]
     sizes = [p.numel() for p in along_x]
     parts = torch.stack([torch.as_tensor(slope) for slope in slopes]).split(sizes)
-    return [g + part.view(g.shape) for g, part in zip(along_x, parts, strict=True)], end
+    return [g + part.view(g.shape).to(g) for g, part in zip(along_x, parts, strict=True)], end
 
 
 def _sgd(options: ITD, s: Vector, g: Vector, t: int) -> Vector:

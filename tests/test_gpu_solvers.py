@@ -7,6 +7,10 @@ from torch.utils._pytree import tree_map
 
 import bilevel
 from bilevel import Problem, plugins
+from bilevel.solvers.implicit import AID
+from bilevel.solvers.penalty import Penalty
+from bilevel.solvers.sama import SAMA
+from bilevel.solvers.unrolled import ITD
 from bilevel.testing import check_solver
 from bilevel.tree import leaves
 
@@ -65,3 +69,24 @@ def test_a_solver_does_on_a_gpu_what_it_does_on_the_cpu(problem, solver, homes):
     assert [found.x.device.type, leaves(found.y)[0].device.type] == list(homes)
     if type(solver).__name__ != "ZO":  # draws on the device, where a seed has other numbers
         torch.testing.assert_close(found.x.cpu(), expected.x, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        ITD(mode="forward", inner_steps=3),
+        ITD(mode="checkpointed", inner_steps=3, lower_optimizer="adam"),
+        *(AID(linear=name) for name in ("nystrom", "fisher", "minres")),
+        AID(products="finite"),
+        SAMA(lower_optimizer="adam"),
+        Penalty(stencil=1, prox=1.0, momentum=0.5, upper_step="normalized", upper_optimizer="sgd"),
+        Penalty(stencil=3, clip=1.0),
+    ],
+)
+def test_options_do_on_a_gpu_what_they_do_on_the_cpu(solver):
+    inner = make("quadratic")
+    found, expected = (bilevel.solve(p, solver, steps=2) for p in (Away(inner, *HOMES[0]), inner))
+    torch.testing.assert_close(found.x, expected.x, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        leaves(found.y)[0].cpu(), leaves(expected.y)[0], rtol=1e-7, atol=1e-9
+    )
