@@ -212,6 +212,29 @@ def test_overlap_is_counted_and_goes_on_only_when_told(folder, tmp_path, capsys)
     assert "shares 60 records" in (tmp_path / "a" / "report.html").read_text()
 
 
+def test_sources_that_share_records_are_named(folder, tmp_path, capsys):
+    """Which of two copies gets the weight says nothing; half of the smaller one is much."""
+    lines = (folder / "sea.jsonl").read_text().splitlines(keepends=True)
+    law = (folder / "law.jsonl").read_text().splitlines(keepends=True)
+    files = {"half": lines[:20] + law[:20], "third": lines[:20] + law[:21], "copy": lines}
+    for name, text in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(text))
+    sources = f"{folder / 'sea.jsonl'} " + " ".join(str(tmp_path / f"{n}.jsonl") for n in files)
+    words = "problem.batch=8", "verdict=false", f"problem.sources={sources}"
+    assert run(folder, tmp_path / "a", *words) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "share" in line[:60]]
+    pairs = {tuple(line.split()[i] for i in (2, 4, 6)) for line in told if line[:7] == "warning"}
+    expected = {("sea", "copy", "60"), ("sea", "half", "20"), ("half", "copy", "20")}
+    assert pairs == expected | {("half", "third", "40")}
+
+
+def test_of_repeated_records_one_row_is_left_and_said(folder, tmp_path, capsys):
+    (tmp_path / "again.jsonl").write_text('{"text": "a gull"}\n' * 40)
+    sources = f"{folder / 'sea.jsonl'} {tmp_path / 'again.jsonl'}"
+    assert run(folder, tmp_path / "a", f"problem.sources={sources}") == 2
+    assert "source again has 1 row (39 duplicates left out)" in capsys.readouterr().err
+
+
 def test_a_test_set_that_overlaps_is_refused_too(folder, tmp_path, capsys):
     first = (folder / "law.jsonl").read_text().splitlines()[1]
     (tmp_path / "test.jsonl").write_text(first + '\n{"text": "another one"}\n')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from bilevel.problems.llm_reweight.records import (
     name_paths,
     overlaps,
     read_sources,
+    texts_of,
 )
 
 if TYPE_CHECKING:
@@ -58,8 +60,8 @@ def read(options: LLMReweight) -> Data:
     paths = _named(options.sources)
     if len(paths) < 2 and options.weigh != "examples":
         raise InputError(
-            f"expected at least two sources to weigh, got {len(paths)}: {[*paths]}; "
-            "problem.weigh=examples weighs the examples of one."
+            f"expected at least two sources to weigh, with spaces between, got {len(paths)}: "
+            f"{[*paths]}; problem.weigh=examples weighs the examples of one."
         )
     given = targets_module.named(options.target)
     own_tests = targets_module.tests(options.test, [*given])
@@ -75,6 +77,7 @@ def read(options: LLMReweight) -> Data:
     notes = [line for source in found.values() for line in _left_out(source)]
     sources = {name: found.pop(name) for name in names}
     notes += _large(list(sources.values()), list(found.values()))
+    notes += _alike(list(sources.values()))
     notes += _check_overlap(sources, list(found.values()), allowed=options.allow_overlap)
     targets, tests, more = _held_out(found, [*given])
     return Data(sources=sources, targets=targets, tests=tests, notes=(*notes, *more))
@@ -241,6 +244,18 @@ def _hold_out(target: Source, name: str) -> tuple[Source, Source]:
             f"{len(target.examples)}; fix: add records or give problem.test."
         )
     return replace(target, examples=rest), replace(target, name=name, examples=test)
+
+
+def _alike(sources: Sequence[Source]) -> list[str]:
+    """Of sources held in memory, those that share at least half of the records of the smaller."""
+    held = {s.name: texts_of(s) for s in sources if not isinstance(s.examples, Lines)}
+    shared = [(a, b, len(held[a] & held[b])) for a, b in itertools.combinations(held, 2)]
+    return [
+        f"warning: sources {a} and {b} share {count:,} records, so that nothing tells which of the "
+        "two should get the weight of these; leave one out, or put both into one problem.groups"
+        for a, b, count in shared
+        if 2 * count >= min(len(held[a]), len(held[b]))
+    ]
 
 
 def _check_overlap(

@@ -121,6 +121,11 @@ def overlaps(a: Source, b: Source) -> list[tuple[int, int]]:
     return sorted(found.items())
 
 
+def texts_of(source: Source) -> set[bytes]:
+    """What tells the texts of a source apart once runs of whitespace are one space."""
+    return {_digest(example) for example in _compared(source)}
+
+
 def _compared(source: Source) -> Iterable[Example]:
     """The records that are compared by their text."""
     if not isinstance(source.examples, Lines):

@@ -119,4 +119,5 @@ def describe(source: Source, rows: Rows, style: Style) -> str:
 
 
 def _count(rows: Rows) -> str:
-    return "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+    left_out = f" ({rows.duplicates} duplicates left out)" if rows.duplicates else ""
+    return ("1 row" if len(rows) == 1 else f"{len(rows)} rows") + left_out
