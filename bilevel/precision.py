@@ -203,7 +203,10 @@ class _StandIns:
 
 def _follow(master: Tensor, p: Tensor) -> Tensor:
     """The master, with the entries of p where somebody else has set them."""
-    return master.copy_(torch.where(p == master.to(p.dtype), master, p.detach().float()))
+    own, now = _local(master), _local(p.detach())
+    changed = now != own.to(now.dtype)
+    torch.where(changed, now.float(), own, out=own)  # one float32 tensor beside it, not two
+    return master
 
 
 def _wide(value: Any) -> Any:
