@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -39,6 +40,10 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """A full or failing disk, as the system says it."""
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables, the old one last, that set up a GPU's allocator. With segments that grow, what was
+freed also serves larger tensors, and little more is reserved than a plan counts."""
 
 TIME = "%Y-%m-%d %H:%M:%S"
 """Of a line of the log."""
@@ -79,6 +84,8 @@ def _main(arguments: list[str]) -> int:
     if words != arguments:
         print(help_text(words))
         return 0
+    if not any(name in os.environ for name in ALLOCATOR):  # read when a GPU is first used
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     options = parse(words)
     with _together(options.launcher):
         return _run(options, words)

@@ -24,6 +24,8 @@ from bilevel.run import main
 from bilevel.solvers.penalty import Penalty
 from bilevel.zero import DeepSpeed
 
+GROWING = "expandable_segments:True"
+
 
 def run(*arguments):
     return main(["problem=quadratic", "solver=scalebio", *map(str, arguments)])
@@ -59,6 +61,18 @@ def test_a_tree_cannot_train_by_lisa(tmp_path, monkeypatch, capsys):
 def test_a_folder_that_cannot_be_made_is_told(capsys, out):
     assert run("steps=1", f"out={out}") == 2
     assert "choose another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_of_a_gpu_is_set_up_unless_the_user_has(tmp_path, monkeypatch, name):
+    for own in bilevel.run.ALLOCATOR:
+        monkeypatch.setenv(own, "")  # so that it is put back
+        monkeypatch.delenv(own)
+    if name:
+        monkeypatch.setenv(name, "backend:native")
+    assert main(["problem=quadratic", "steps=1", f"out={tmp_path / 'out'}"]) == 0
+    found = {own: os.environ[own] for own in bilevel.run.ALLOCATOR if own in os.environ}
+    assert found == ({name: "backend:native"} if name else {"PYTORCH_ALLOC_CONF": GROWING})
 
 
 def test_the_written_config_runs_again(tmp_path):
