@@ -127,7 +127,7 @@ def scale(monkeypatch):
         ("0.5B", "lora 16", 3),
         ("3B", "lisa 2", 3),
         ("8B", "lisa 1", 18),  # 20 with those before the timed ones
-        ("8B", "lora 16", 3),
+        ("8B", "lora 16", 18),
         ("34B", "lora 16", 3),
     ],
 )
