@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bilevel.errors import NonFiniteError
+from bilevel.errors import InputError, NonFiniteError
 from bilevel.launch import Launcher
 from bilevel.linear import LinearResult, LinearSolver, LinearStatus, Matvec
 from bilevel.memory import Memory
@@ -16,7 +16,7 @@ from bilevel.oracle import Curvature, Gradients, Vector
 from bilevel.problem import Problem, constrained
 from bilevel.result import Status
 from bilevel.solver import State, finite_loss
-from bilevel.tree import dot, leaves, norm, snapshot
+from bilevel.tree import dot, leaves, norm, snapshot, structure_faults
 from bilevel.variable import OptimizerFactory, Variable
 
 COUNTS = ("upper_grad", "lower_grad", "hvp", "cross")
@@ -33,10 +33,16 @@ def begin(
     lower: OptimizerFactory,
     twins: Sequence[str] = (),
 ) -> State:
-    """A state with variables x and y, twins of y by name, streams, memory, and counts at zero."""
+    """A state with variables x and y, twins of y by name, streams, memory, and counts at zero.
+
+    Raises:
+        InputError: If x or y is nothing to train, such as a parameter that requires no gradient.
+    """
     with memory.loading():
         x0, y0 = launcher.begin(problem, generator)
     y0 = memory.prepare(y0, ("y", *twins))
+    if problem.probed and (faults := structure_faults("x0", x0) + structure_faults("y0", y0)):
+        raise InputError(faults)
     lower = memory.optimizer(lower, generator)
     bounds = {
         "x": problem.project_upper if constrained(problem, "upper") else None,

@@ -178,3 +178,22 @@ def test_a_checkpoint_of_another_solver_or_shape_is_refused(tmp_path):
 def test_no_move_within_the_warm_up_is_said():
     result = bilevel.minimize(upper, lower, ONE * 0, ONE, steps=5)
     assert any("warm-up" in words for words in result.warnings)
+
+
+class Backbone(bilevel.Problem):
+    """A class, whose start is first seen when it is solved."""
+
+    def init(self, generator):
+        return ONE.clone(), fixed(2)
+
+    def upper(self, x, y, batch):
+        return y(x).square().sum()
+
+    def lower(self, x, y, batch):
+        return (y(x) - x).square().sum()
+
+
+@pytest.mark.parametrize("solver", ["penalty", "aid", "itd", "soba", "maid", "zo"])
+def test_a_class_whose_start_has_fixed_parameters_is_refused(solver):
+    with pytest.raises(bilevel.InputError, match=r"y0\.0\.weight, y0\.0\.bias must require"):
+        bilevel.solve(Backbone(), solver, steps=1)
