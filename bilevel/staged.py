@@ -69,10 +69,8 @@ class Staged(Generic[Kind]):
                     f"engine={self._kind.engine} needs batches that are trees of tensors of few "
                     f"shapes, and this is the {RETRACED + 1}th kind; use engine=autograd."
                 )
-            if (
-                not self._traced
-            ):  # tensors that a first call keeps, such as data, must be no trace's
-                with torch.no_grad():
+            if not self._traced:
+                with torch.no_grad():  # what a first call keeps, such as data, must be no trace's
                     part = self._problem.split(batch)[0]
                     self._problem.lower(self._x.value, self._y.value, part)
             if fit is None:

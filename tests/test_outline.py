@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import bilevel
 from bilevel import processes
+from bilevel.fsdp import FSDP2
 from bilevel.outline import Files, attach, stood_in
 from bilevel.problems.llm_reweight import parts
 from bilevel.problems.llm_reweight.model import tiny_tokenizer
+from bilevel.solvers.penalty import scalebio
 from bilevel.tree import digest
 
 HERE = Path(__file__).parent
@@ -153,3 +155,42 @@ def test_other_ties_than_the_config_has_are_refused_by_all(folder):
     told = {(folder / f"told-{rank}.txt").read_text() for rank in range(2)}
     assert len(told) == 1
     assert "hold other parameters than its config.json describes" in told.pop()
+
+
+class Apart(bilevel.Problem):
+    """A class whose module comes as an outline, from a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def init(self, generator):
+        module = torch.nn.Linear(2, 1)
+        module.load_state_dict(load_file(self.path))
+        return torch.ones(2), module
+
+    def outline(self, generator):
+        with torch.device("meta"):
+            module = torch.nn.Linear(2, 1)
+        module.home = "cpu"
+        return torch.ones(2), attach(
+            module, Files(module, dict.fromkeys(module.state_dict(), self.path))
+        )
+
+    def upper(self, x, y, batch):
+        return y(x[None]).square().sum()
+
+    def lower(self, x, y, batch):
+        return (y(x[None]) - x.sum()).square().sum()
+
+
+def test_an_outline_of_ones_own_is_a_start(tmp_path):
+    save_file(torch.nn.Linear(2, 1).state_dict(), tmp_path / "y.safetensors")
+    problem, launcher = Apart(tmp_path / "y.safetensors"), FSDP2()
+    solver = scalebio(warmup=0)
+    expected = bilevel.solve(problem, solver, steps=4)
+    try:
+        found = bilevel.solve(problem, solver, steps=4, launcher=launcher)
+    finally:
+        launcher.close()
+    assert not torch.equal(expected.x, torch.ones(2))
+    torch.testing.assert_close(found.x, expected.x)
